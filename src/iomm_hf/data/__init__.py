@@ -1,0 +1,1 @@
+"""Streams, image checks, collation, and the shapes world."""

@@ -1,0 +1,537 @@
+"""Endless, shuffled streams of pictures that resume exactly: tars, parquet files and image folders, local or on the Hub.
+
+`datasets` reads the formats; the order is ours, because its shuffle buffer loses samples on resume. A consumer (one data
+loader worker of one rank) reads a block of encoded samples, permutes it with a seed of (source, seed, epoch, consumer,
+block) and decodes them one by one. The state is the place where the block starts plus an offset; a resume reads the block
+again. Getting to a place costs about 0.15 ms a sample in a tar and next to nothing in parquet files and image folders.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import math
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets.data_files import DataFilesDict, DataFilesList
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .images import MAX_PIXELS, MIN_SIDE, BadImage, load_image
+
+
+logger = logging.getLogger(__name__)
+
+READERS = {".tar": "webdataset", ".parquet": "parquet"}
+READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "imagefolder")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MAX_WARNINGS = 5  # detailed ones, for each reason and reader
+
+
+@dataclass
+class SourceConfig:
+    """
+    One source of pictures.
+
+    Args:
+        path (`str`):
+            A local folder of tars, parquet files or image files, all of which are read; a path or glob that ends in
+            `.tar` or `.parquet` and may start with `hf://datasets/`; or the id of a data set on the Hub. For an id,
+            `datasets` sorts files into splits by their names and can leave some out: BLIP3o-60k, where one name says
+            "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`.
+        config (`str`, *optional*):
+            Name of the configuration, for a Hub id.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to read, for a Hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit, for a Hub id.
+        image_column (`str`, *optional*):
+            Column of the picture. If left out: the only one of type `Image`, or the first named image, jpg, jpeg, png
+            or webp.
+        caption_column (`str`, *optional*):
+            Column of the text, or a key inside a column (`json.prompt`). `None` reads no captions.
+        weight (`float`, *optional*, defaults to 1.0):
+            Share among the sources of its group.
+        exclude (`list[str]`, *optional*):
+            Glob patterns of file names to leave out, such as `geneval_train*`. Each must match a file.
+        min_side (`int`, *optional*, defaults to 8):
+            Shorter edge, in pixels, below which a picture is skipped.
+        max_pixels (`int`, *optional*, defaults to 64 Mpx):
+            Width x height above which a picture is skipped before it is decoded.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.data.streams import SourceConfig
+    >>> SourceConfig("jackyhate/text-to-image-2M", caption_column="json.prompt").split
+    'train'
+    ```
+    """
+
+    path: str = field(metadata={"help": "Folder, glob of .tar or .parquet files, or id of a data set on the Hub."})
+    config: str | None = field(default=None, metadata={"help": "Name of the configuration, for a Hub id."})
+    split: str = field(default="train", metadata={"help": "Split to read, for a Hub id."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, for a Hub id."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the picture; found if left out."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the text, or a key inside one (json.prompt); none: no captions."}
+    )
+    weight: float = field(default=1.0, metadata={"help": "Share among the sources of its group."})
+    exclude: list[str] = field(default_factory=list, metadata={"help": "Glob patterns of file names to leave out."})
+    min_side: int = field(default=MIN_SIDE, metadata={"help": "Shorter edge below which a picture is skipped, px."})
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width x height above which a picture is skipped."})
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty: expected a folder, a glob or the id of a data set on the Hub")
+        if isinstance(self.exclude, str):
+            raise ValueError(f"exclude must be a list of glob patterns, got the string {self.exclude!r}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight of {self.path!r} must be a positive number, got {self.weight}")
+        if self.min_side < 1:
+            raise ValueError(f"min_side of {self.path!r} must be at least 1 pixel, got {self.min_side}")
+        if self.max_pixels < self.min_side**2:
+            raise ValueError(f"max_pixels of {self.path!r} must be at least min_side squared, got {self.max_pixels}")
+
+
+class _Raw(NamedTuple):
+    """A sample that is not decoded yet."""
+
+    key: str
+    origin: str
+    image: Any  # {"bytes": ..., "path": ...}
+    caption: Any
+    position: int  # of its shard in the consumer's order
+    example: int  # its index in the shard
+
+
+class SampleStream(IterableDataset):
+    """
+    Endless, shuffled samples of one source, split over ranks and workers, with an exact state.
+
+    All consumers together use each key once an epoch: each takes whole shards where there are enough of them, otherwise
+    every n-th sample of each shard. A second iteration goes on where the first stopped. A block stays in memory in its
+    encoded form: 1024 photographs of 200 kB are 200 MB.
+
+    Args:
+        source ([`SourceConfig`]):
+            What to read.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the order.
+        block_size (`int`, *optional*, defaults to 1024):
+            Number of samples that are shuffled together.
+        rank (`int`, *optional*, defaults to 0):
+            Index of this process.
+        world_size (`int`, *optional*, defaults to 1):
+            Number of processes.
+
+    Yields:
+        `dict` with `key` (unique, and the same for any number of consumers), `origin` (where the sample lies, for
+        messages), `epoch`, `image` (PIL, RGB), `caption` (`str`, or `None` if none are read) and `skipped`: how many
+        unusable samples this consumer met since its last one, by reason.
+
+    Raises:
+        ValueError: at construction if the source cannot be opened or lacks a column; while iterating if a consumer
+            finds no usable sample in an epoch.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> from iomm_hf.data.streams import SampleStream, SourceConfig
+    >>> folder = tempfile.mkdtemp()
+    >>> Image.new("RGB", (32, 24), "red").save(f"{folder}/red.png")
+    >>> sample = next(iter(SampleStream(SourceConfig(folder))))
+    >>> sample["image"].size, sample["epoch"], sample["caption"]
+    ((32, 24), 0, None)
+    ```
+    """
+
+    def __init__(
+        self, source: SourceConfig, *, seed: int = 0, block_size: int = 1024, rank: int = 0, world_size: int = 1
+    ):
+        if seed < 0 or block_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                "expected seed >= 0, block_size >= 1 and 0 <= rank < world_size, "
+                f"got seed={seed}, block_size={block_size}, rank={rank}, world_size={world_size}"
+            )
+        self.source, self.seed, self.block_size = source, seed, block_size
+        self.rank, self.world_size = rank, world_size
+        dataset, self.files = _open(source)
+        present = dataset.column_names or []
+        columns = [source.image_column or _find_image_column(source, dataset)]
+        self.caption_key = ""
+        if source.caption_column is not None:
+            column = source.caption_column
+            if column not in present:  # asked first, because a column's own name may hold a dot
+                column, _, self.caption_key = column.partition(".")
+            columns.append(column)
+        if missing := [column for column in columns if column not in present]:
+            raise ValueError(f"source {source.path!r} has no column {missing[0]!r}; its columns are {present}")
+        feature = dataset.features[columns[-1]]
+        keys = feature if isinstance(feature, dict) else {}
+        if self.caption_key and self.caption_key not in keys and not isinstance(feature, datasets.Json):
+            raise ValueError(f"column {columns[-1]!r} of {source.path!r} has no key {self.caption_key!r}: {feature}")
+        self.columns = columns
+        self.in_tars = "__key__" in present
+        dataset = dataset.select_columns(columns + ["__key__"] * self.in_tars)
+        dataset = dataset.cast_column(columns[0], datasets.Image(decode=False))
+        if self.in_tars and self.caption_key:
+            # The struct inferred from a tar's first samples would fail at the first sample with other keys.
+            dataset = dataset.cast_column(columns[1], datasets.Json())
+        self.dataset = dataset
+
+        # A local folder may move as long as `path` reads the same; the address of a Hub file holds its commit.
+        names = [file if "://" in file else Path(file).name for file in self.files]
+        identity = [source.path, names, columns, self.caption_key, source.min_side, source.max_pixels]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        self._state: dict[str, Any] | None = None
+        self._skipped: Counter[str] = Counter()  # since the last sample
+        self._skipped_in_all: Counter[str] = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last sample that was yielded, in plain JSON values."""
+        start = {"epoch": 0, "block": 0, "position": 0, "example": 0, "offset": 0}
+        return dict(self._state or {"identity": self._identity(), **start})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Go on from a state of the same source, seed, block size and consumer; any other raises a `ValueError`.
+
+        With data loader workers each worker has its own state: save and load through torchdata's `StatefulDataLoader`.
+        """
+        _check_identity(state["identity"], self._identity())
+        self._state = dict(state)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        state = self.state_dict()
+        # Once more, for a stream that was iterated or loaded here and is now read by a worker.
+        _check_identity(state["identity"], self._identity())
+        consumer, _ = _consumer(self.rank, self.world_size)
+        self._skipped.clear()
+        while True:
+            usable = state["offset"] > 0
+            reader = self._read(state["epoch"], state["position"], state["example"])
+            while block := list(islice(reader, self.block_size)):
+                if state["offset"] > 0:
+                    self._skipped.clear()  # damaged shards met in this block were reported before the state was taken
+                order = self._rng(state["epoch"], consumer, state["block"]).permutation(len(block))
+                for offset in range(state["offset"], len(block)):
+                    sample = self._decode(block[order[offset]])
+                    if sample is not None:
+                        usable = True
+                        self._state = {**state, "offset": offset + 1}
+                        yield {**sample, "epoch": state["epoch"], "skipped": dict(self._skipped)}
+                        self._skipped.clear()
+                next_start = {"position": block[-1].position, "example": block[-1].example + 1}
+                state = {**state, **next_start, "block": state["block"] + 1, "offset": 0}
+            if not usable:
+                raise ValueError(
+                    f"source {self.source.path!r} gave consumer {consumer} of {state['identity']['num_consumers']} no "
+                    f"usable sample in epoch {state['epoch']}; skipped: {dict(self._skipped)}. It is empty, has fewer "
+                    "samples than there are consumers (ranks x workers), or all samples are bad."
+                )
+            if self._skipped_in_all:
+                logger.warning("%s: skipped up to now: %s", self.source.path, dict(self._skipped_in_all))
+            state = {**state, "epoch": state["epoch"] + 1, "block": 0, "position": 0, "example": 0, "offset": 0}
+
+    def _read(self, epoch: int, start_position: int, start_example: int) -> Iterator[_Raw]:
+        """The samples of one epoch that belong to this consumer, from a place on, in stored order inside a shard."""
+        consumer, num_consumers = _consumer(self.rank, self.world_size)
+        num_shards = self.dataset.num_shards
+        shards = self._rng(epoch).permutation(num_shards).tolist()
+        take_whole_shards = num_shards >= num_consumers
+        if take_whole_shards:
+            shards = shards[consumer::num_consumers]
+        for position in range(start_position, len(shards)):
+            shard = shards[position]
+            file = self.files[shard] if len(self.files) == num_shards else self.source.path
+            start = start_example if position == start_position else 0
+            rows, index = self.dataset.shard(num_shards, shard).skip(start), start - 1
+            try:
+                # Inside of a worker `iter(rows)` would split the shard among the workers once more, and leave nothing
+                # to all but the first; `rows.iter` never does. One row at a time, because a damaged shard would take
+                # the rest of its batch along, another one after a resume.
+                for index, row in enumerate(rows.iter(batch_size=1), start):
+                    if take_whole_shards or (shard + index) % num_consumers == consumer:
+                        values = [row[column][0] for column in self.columns]
+                        origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
+                        key = f"{self.fingerprint}/{shard}/{index}"
+                        yield _Raw(key, origin, values[0], values[-1], position, index)
+            except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+                # pyarrow's word for damaged bytes is a bare OSError; the disk's have a number, the network's a class.
+                if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                    raise
+                message = f"left out from example {index + 1} on: {type(error).__name__}: {error}"
+                self._skip("corrupt_shard", file, message)
+
+    def _decode(self, raw: _Raw) -> dict[str, Any] | None:
+        caption = None
+        if self.source.caption_column is not None:
+            caption = raw.caption
+            if self.caption_key:
+                caption = caption.get(self.caption_key) if isinstance(caption, dict) else None
+            if not isinstance(caption, str) or not caption.strip():
+                message = f"expected text in {self.source.caption_column}, got {str(caption)[:80]!r}"
+                self._skip("bad_caption", raw.origin, message)
+                return None
+            caption = caption.strip()
+        try:
+            image = load_image(raw.image, max_pixels=self.source.max_pixels, min_side=self.source.min_side)
+        except BadImage as error:
+            self._skip(error.reason, raw.origin, error.message)
+            return None
+        return {"key": raw.key, "origin": raw.origin, "image": image, "caption": caption}
+
+    def _skip(self, reason: str, origin: str, message: str) -> None:
+        self._skipped[reason] += 1
+        self._skipped_in_all[reason] += 1
+        if self._skipped_in_all[reason] <= MAX_WARNINGS:
+            logger.warning("skipped %s (%s): %s", origin, reason, message)
+        if self._skipped_in_all[reason] == MAX_WARNINGS:
+            logger.warning("%s: more of %s are counted and no longer listed", self.source.path, reason)
+
+    def _rng(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int(self.fingerprint, 16), *place])
+
+    def _identity(self) -> dict[str, Any]:
+        consumer, num_consumers = _consumer(self.rank, self.world_size)
+        return {
+            "path": self.source.path,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "block_size": self.block_size,
+            "consumer": consumer,
+            "num_consumers": num_consumers,
+        }
+
+
+class MixedStream(IterableDataset):
+    """
+    Draws each sample from one of several streams.
+
+    Args:
+        streams (`Sequence[SampleStream]`):
+            Streams of different sources, made for the same rank and world size.
+        weights (`Sequence[float]`):
+            One positive weight a stream; its share of the samples is its weight over their sum, in expectation.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+
+    Yields:
+        `dict`: the stream's sample and `source`, the index of its stream.
+
+    Raises:
+        ValueError: if streams and weights do not go together, or two streams read the same source in the same way.
+    """
+
+    def __init__(self, streams: Sequence[SampleStream], weights: Sequence[float], *, seed: int = 0):
+        if not streams or len(streams) != len(weights):
+            raise ValueError(f"expected one weight a stream, got {len(streams)} streams and {len(weights)} weights")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"weights must be positive numbers, got {list(weights)}")
+        if len({(stream.rank, stream.world_size) for stream in streams}) > 1:
+            raise ValueError("all streams must be made for the same rank and world size")
+        paths = {stream.fingerprint: stream.source.path for stream in streams}
+        if len(paths) < len(streams):
+            raise ValueError(f"a source is listed twice, which weight is for: {[s.source.path for s in streams]}")
+        self.streams, self.weights, self.seed = list(streams), [float(weight) for weight in weights], seed
+        self._draws = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of draws and the state of every stream, in plain JSON values."""
+        states = [stream.state_dict() for stream in self.streams]
+        return {"identity": self._identity(), "draws": self._draws, "streams": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same streams, weights and seed; any other raises a `ValueError`."""
+        _check_identity(state["identity"], self._identity())
+        for stream, stream_state in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(stream_state)
+        self._draws = state["draws"]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        consumer, _ = _consumer(self.streams[0].rank, self.streams[0].world_size)
+        bounds = (np.cumsum(self.weights) / np.sum(self.weights))[:-1]
+        iterators = [iter(stream) for stream in self.streams]
+        while True:
+            # A generator for each draw, so that the counter is its whole state.
+            draw = np.random.default_rng([self.seed, consumer, self._draws]).random()
+            source = int(np.searchsorted(bounds, draw, side="right"))
+            self._draws += 1
+            yield {**next(iterators[source]), "source": source}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"sources": [s.fingerprint for s in self.streams], "weights": self.weights, "seed": self.seed}
+
+
+def build_stream(
+    image_sources: Sequence[SourceConfig] = (),
+    paired_sources: Sequence[SourceConfig] = (),
+    mix_ratio: float | None = None,
+    *,
+    seed: int = 0,
+    block_size: int = 1024,
+    rank: int = 0,
+    world_size: int = 1,
+) -> MixedStream:
+    """
+    The data of a training stage: pictures alone (stage 1), pairs alone, or both (stage 2).
+
+    Args:
+        image_sources (`Sequence[SourceConfig]`, *optional*):
+            Sources without captions.
+        paired_sources (`Sequence[SourceConfig]`, *optional*):
+            Sources with a `caption_column`.
+        mix_ratio (`float`, *optional*):
+            The paper's lambda: the share of image-only samples, 0 to 1. A group whose share is 0 is not opened. May
+            be left out if only one group is given.
+        seed, block_size, rank, world_size:
+            As for [`SampleStream`].
+
+    Returns:
+        [`MixedStream`], whose `source` counts the image sources first, as far as they are opened.
+
+    Raises:
+        ValueError: if the ratio and the groups do not go together, or a source is in the wrong group.
+
+    Example:
+
+    ```python
+    >>> stream = build_stream(  # doctest: +SKIP
+    ...     [SourceConfig("photos/")], [SourceConfig("pairs/*.tar", caption_column="txt")], mix_ratio=0.5
+    ... )
+    ```
+    """
+    if mix_ratio is None:
+        if bool(image_sources) == bool(paired_sources):
+            raise ValueError("expected mix_ratio for two groups of sources, or sources in exactly one group")
+        mix_ratio = 1.0 if image_sources else 0.0
+    if not 0 <= mix_ratio <= 1:
+        raise ValueError(f"mix_ratio is the share of image-only samples and must lie in [0, 1], got {mix_ratio}")
+    if captioned := [source.path for source in image_sources if source.caption_column is not None]:
+        raise ValueError(f"image-only sources read no captions, leave out the caption_column of {captioned}")
+    if bare := [source.path for source in paired_sources if source.caption_column is None]:
+        raise ValueError(f"paired sources need a caption_column: {bare}")
+    streams, weights = [], []
+    for name, sources, share in (("image", image_sources, mix_ratio), ("paired", paired_sources, 1 - mix_ratio)):
+        if share == 0:
+            continue
+        if not sources:
+            raise ValueError(
+                f"mix_ratio {mix_ratio} takes {share:.0%} of samples from {name} sources, but none is given"
+            )
+        total = sum(source.weight for source in sources)
+        for source in sources:
+            streams.append(SampleStream(source, seed=seed, block_size=block_size, rank=rank, world_size=world_size))
+            weights.append(share * source.weight / total)
+    return MixedStream(streams, weights, seed=seed)
+
+
+def _open(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
+    """The streaming data set of a source and its files in order; those of tars and parquet are its shards."""
+    path = Path(source.path)
+    reader = None  # for a Hub id `datasets` finds the reader by itself
+    if path.is_dir():
+        reader, pattern = _detect_reader(path), f"{glob.escape(str(path))}/**"
+    elif path.suffix in (".tar", ".parquet"):
+        reader, pattern = READERS[path.suffix], source.path
+    elif path.exists() or not HUB_ID.fullmatch(source.path):
+        raise ValueError(
+            f"cannot open {source.path!r}: expected a folder that exists, a path or glob that ends in .tar or "
+            ".parquet, or the id of a data set on the Hub"
+        )
+    if reader and (source.config, source.split, source.revision) != (None, "train", None):
+        raise ValueError(f"config, split and revision are for Hub ids, leave them out for {source.path!r}")
+    try:
+        if reader:
+            builder = datasets.load_dataset_builder(reader, data_files={"train": pattern})
+        else:
+            builder = datasets.load_dataset_builder(source.path, source.config, revision=source.revision)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"cannot open {source.path!r}, neither here nor on the Hub: {error}") from error
+
+    if source.split not in builder.config.data_files:
+        raise ValueError(f"{source.path!r} has no split {source.split!r}, only {list(builder.config.data_files)}")
+    found = builder.config.data_files[source.split]
+    files = sorted(file for file in found if not reader or _is_read_by(reader, file))
+    for pattern in source.exclude:
+        kept = [file for file in files if not fnmatch(Path(file).name, pattern)]
+        if len(kept) == len(files):
+            raise ValueError(f"exclude {pattern!r} matches none of the files of {source.path!r}: {files[:20]}")
+        files = kept
+    if not files:
+        raise ValueError(f"exclude {source.exclude} leaves no file of {source.path!r}")
+    if len([file for file in files if Path(file).name in METADATA_FILES]) > 1:
+        # `datasets` keeps them in a set: their order, and with it the key of every picture, changes by the process.
+        raise ValueError(f"{source.path!r} has several metadata files, whose order is not fixed: make them one")
+    builder.config.data_files = DataFilesDict({source.split: DataFilesList(files, found.origin_metadata)})
+    try:
+        return builder.as_streaming_dataset(split=source.split), files
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ValueError(f"the first file of {source.path!r}, {files[0]}, is empty or damaged: {error}") from error
+
+
+def _is_read_by(reader: str, file: str | Path) -> bool:
+    """Whether a file belongs to a reader: the folders also hold notes, licences and lists."""
+    file = Path(file)
+    if file.name in METADATA_FILES:
+        return reader == "imagefolder"
+    return READERS.get(file.suffix.lower()) == reader
+
+
+def _detect_reader(folder: Path) -> str:
+    """The reader for the files of a folder; hidden ones do not count, as `datasets` passes over them too."""
+    counts: Counter[str] = Counter()
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+        if not hidden and file.name not in METADATA_FILES and file.suffix.lower() in READERS:
+            counts[READERS[file.suffix.lower()]] += 1
+    if len(counts) != 1:
+        raise ValueError(
+            f"expected files of one kind in {str(folder)!r}, either .tar or .parquet or pictures "
+            f"({', '.join(READERS)}), found {dict(counts) or 'none'}; a glob picks one kind among several"
+        )
+    return counts.popitem()[0]
+
+
+def _find_image_column(source: SourceConfig, dataset: datasets.IterableDataset) -> str:
+    features = dataset.features or {}
+    of_type_image = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(of_type_image) == 1:
+        return of_type_image[0]
+    for name in IMAGE_COLUMNS:
+        if name in features:
+            return name
+    raise ValueError(
+        f"source {source.path!r} has no image column that can be found by itself; name one of {list(features)}"
+    )
+
+
+def _consumer(rank: int, world_size: int) -> tuple[int, int]:
+    """Index of this consumer and their number, over all workers of all ranks."""
+    worker = get_worker_info()
+    if worker is None:
+        return rank, world_size
+    return rank * worker.num_workers + worker.id, world_size * worker.num_workers
+
+
+def _check_identity(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    differing = {name: (saved.get(name), value) for name, value in expected.items() if saved.get(name) != value}
+    if differing:
+        raise ValueError(
+            "the state belongs to another stream, whose order is another: (state, this stream) differ in "
+            f"{differing}. Resume with the same sources, seed, block size, ranks and workers."
+        )

@@ -1,0 +1,1 @@
+"""Scorers. Each one judges pictures it did not make."""

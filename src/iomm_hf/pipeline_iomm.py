@@ -1,0 +1,489 @@
+"""`IOMMPipeline`: text, a reference image or both in, pictures out.
+
+The pipeline knows nothing of token layouts (`processing_iomm`), of what the generator wants (`generators`) or of how
+conditions come about (`modeling_iomm`): it encodes both branches of guidance, integrates dx/dt = F from t = 1 to t = 0,
+and decodes.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from PIL import Image
+
+from .generators import latent_multiple, predict_velocity
+from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
+from .processing_iomm import IOMMProcessor
+
+
+EXAMPLE = """
+    Example:
+
+    ```python
+    >>> from iomm_hf.tiny import tiny_pipeline
+    >>> pipe = tiny_pipeline()
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> pipe("a red circle left of a blue star", num_inference_steps=2).images[0].size
+    (64, 64)
+    ```
+"""
+
+# Files of a published pipeline that loading needs; nothing that could hold a pickle.
+PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+class IOMMPipeline(DiffusionPipeline):
+    r"""
+    Draws what a text says, changes an image as told, or varies it.
+
+    Args:
+        text_encoder ([`IOMMConditionEncoder`]): The frozen MLLM with its adapter; reads text and images alike.
+        processor ([`IOMMProcessor`]): Builds the MLLM's inputs for each use.
+        transformer (`FluxTransformer2DModel` or `ZImageTransformer2DModel`): The generator, which predicts the velocity.
+        vae (`AutoencoderKL`): Turns latents into pictures; frozen.
+        scheduler (`FlowMatchEulerDiscreteScheduler`): Steps from noise to image.
+        vae_name_or_path (`str`, *optional*): Where the autoencoder is found when a checkpoint leaves it out.
+        vae_subfolder (`str`, *optional*): Its folder there.
+        vae_revision (`str`, *optional*): The commit it was trained with.
+        vae_hash (`str`, *optional*): Hash of its weight files, checked at load.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    def __init__(
+        self,
+        text_encoder: IOMMConditionEncoder,
+        processor: IOMMProcessor,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae_name_or_path: str | None = None,
+        vae_subfolder: str | None = None,
+        vae_revision: str | None = None,
+        vae_hash: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            text_encoder=text_encoder, processor=processor, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            vae_name_or_path=vae_name_or_path,
+            vae_subfolder=vae_subfolder,
+            vae_revision=vae_revision,
+            vae_hash=vae_hash,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list[Image.Image] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        r"""
+        Conditions for both branches of guidance.
+
+        Returns:
+            `prompt_embeds` (B, rows, D), its mask (B, rows) or `None`, and the same for the negative branch (`None`
+            without guidance), where B counts every picture to draw.
+        """
+        device = device or self._execution_device
+
+        def encode(conversations: list) -> tuple[torch.Tensor, torch.Tensor | None]:
+            inputs = self.processor.encode(conversations).to(device)
+            output = self.text_encoder(**inputs)
+            return output.condition, output.condition_mask
+
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            images = [image] if isinstance(image, Image.Image) else image
+            if images is None:
+                conversations = [self.processor.text_to_image(text) for text in prompts]
+            elif prompts is None:
+                conversations = [self.processor.image_only(picture) for picture in images]
+            else:
+                conversations = [
+                    self.processor.edit(text, picture) for text, picture in zip(prompts, images, strict=True)
+                ]
+            prompt_embeds, prompt_embeds_mask = encode(conversations)
+        batch_size = len(prompt_embeds)
+
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            if negative_prompt is None:
+                conversations = [self.processor.unconditional()]
+            else:
+                negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+                conversations = [self.processor.text_to_image(text) for text in negatives]
+            negative_prompt_embeds, negative_prompt_embeds_mask = encode(conversations)
+            if len(conversations) == 1:  # one wording serves the whole batch
+                negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
+                if negative_prompt_embeds_mask is not None:
+                    negative_prompt_embeds_mask = negative_prompt_embeds_mask.expand(batch_size, -1)
+
+        def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds_mask = None
+        return (
+            repeat(prompt_embeds),
+            repeat(prompt_embeds_mask),
+            repeat(negative_prompt_embeds),
+            repeat(negative_prompt_embeds_mask),
+        )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise of shape (batch_size, channels, height / f, width / f), or the user's own."""
+        shape = (
+            batch_size,
+            self.vae.config.latent_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        if latents is not None:
+            if latents.shape != shape:
+                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
+            return latents.to(device=device, dtype=dtype)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size} pictures.")
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def check_inputs(
+        self,
+        prompt,
+        image,
+        negative_prompt,
+        prompt_embeds,
+        prompt_embeds_mask,
+        negative_prompt_embeds,
+        negative_prompt_embeds_mask,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        """Refuses what cannot be drawn, with the value and what would do."""
+        multiple = self.size_multiple
+        if height % multiple or width % multiple or height <= 0 or width <= 0:
+            raise ValueError(f"height and width must be positive multiples of {multiple}, got {height} and {width}.")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+        if prompt_embeds is None and prompt is None and image is None:
+            raise ValueError("Give a `prompt`, an `image`, both, or `prompt_embeds`.")
+        if prompt_embeds is not None and (prompt is not None or image is not None):
+            raise ValueError("`prompt_embeds` replace `prompt` and `image`: give one or the other.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("`negative_prompt_embeds` replace `negative_prompt`: give one or the other.")
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None and not isinstance(value, str):
+                if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+                    raise ValueError(f"`{name}` must be a str or a non-empty list of str, got {value!r}.")
+        images = [image] if isinstance(image, Image.Image) else image
+        if images is not None and (
+            not isinstance(images, list) or not images or not all(isinstance(item, Image.Image) for item in images)
+        ):
+            raise ValueError(f"`image` must be a PIL image or a non-empty list of them, got {type(image).__name__}.")
+        batch = len(prompt_embeds) if prompt_embeds is not None else None
+        for name, value in (("prompt", prompt), ("image", images), ("negative_prompt", negative_prompt)):
+            if value is None:
+                continue
+            size = 1 if isinstance(value, str) else len(value)
+            if name == "negative_prompt" and size == 1:
+                continue
+            if batch is not None and size != batch:
+                raise ValueError(f"`{name}` has {size} entries, the others have {batch}.")
+            batch = size
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != batch:
+            raise ValueError(f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} entries, expected {batch}.")
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels must be divisible by this."""
+        return self.vae_scale_factor * latent_multiple(self.transformer, self.vae.config.latent_channels)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list[Image.Image] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        sigmas: list[float] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (read only; diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draws pictures.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): What to draw, or with `image` what to change.
+            image (`PIL.Image.Image` or a list, *optional*): Reference to edit; without a prompt, to vary.
+            negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Defaults to the
+                unconditional instruction that training used.
+            height, width (`int`, *optional*): Size in pixels; defaults to the autoencoder's `sample_size`.
+            num_inference_steps (`int`, *optional*, defaults to 30): Steps from noise to image.
+            guidance_scale (`float`, *optional*, defaults to 4.0): Strength of guidance; 1 turns it off and halves the
+                cost (neighbours use 3 to 5; the paper gives none).
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures for each prompt.
+            generator (`torch.Generator` or one per picture, *optional*): Makes the result repeatable.
+            latents (`torch.Tensor` of shape `(pictures, channels, height / f, width / f)`, *optional*): Starting noise.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, rows, D)`, *optional*): Conditions of
+                [`~IOMMPipeline.encode_prompt`], with `prompt_embeds_mask` (batch_size, rows) where rows are padded;
+                likewise `negative_prompt_embeds` and its mask.
+            sigmas (`list[float]`, *optional*): Noise levels of the steps, before the scheduler's shift.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): `False` gives a tuple.
+            attention_kwargs (`dict`, *optional*): Passed to the transformer, such as a LoRA `scale`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
+                each step; what it returns replaces those tensors. Setting `pipe._interrupt = True` stops the drawing.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors it gets.
+
+        Returns:
+            [`ImagePipelineOutput`] with `images`, or a tuple.
+
+        Raises:
+            `ValueError`: sizes not divisible, no input, or inputs that do not fit together.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        height = height or self.vae.config.sample_size
+        width = width or self.vae.config.sample_size
+        self.check_inputs(
+            prompt,
+            image,
+            negative_prompt,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            height,
+            width,
+            num_inference_steps,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        device = self._execution_device
+
+        # 1. Conditions
+        prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
+            prompt=prompt,
+            image=image,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            device=device,
+        )
+        batch_size = len(prompt_embeds)
+        dtype = self.transformer.dtype
+
+        # 2. Noise and steps
+        latents = self.prepare_latents(batch_size, height, width, torch.float32, device, generator, latents)
+        # Without explicit sigmas the scheduler would spend its last step at 0.001 and apply its shift twice.
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if sigmas is None else sigmas
+        self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        # 3. Both branches of guidance run as one batch, conditional first.
+        condition, condition_mask = prompt_embeds, prompt_embeds_mask
+        if self.do_classifier_free_guidance:
+            condition, condition_mask = join_conditions(
+                prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+            )
+
+        # 4. From noise to image
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                inputs = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                timestep = (t / self.scheduler.config.num_train_timesteps).expand(len(inputs)).to(dtype)
+                velocity = predict_velocity(
+                    self.transformer,
+                    inputs.to(dtype),
+                    timestep,
+                    condition.to(dtype),
+                    condition_mask,
+                    self.attention_kwargs,
+                ).float()
+                if self.do_classifier_free_guidance:
+                    velocity, negative = velocity.chunk(2)
+                    velocity = negative + guidance_scale * (velocity - negative)
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": condition[:batch_size]}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, chosen)
+                    latents = changed.pop("latents", latents)
+                    if "prompt_embeds" in changed:
+                        condition = torch.cat([changed.pop("prompt_embeds"), condition[batch_size:]])
+                progress_bar.update()
+
+        # 5. Pictures
+        if output_type == "latent":
+            images = latents
+        else:
+            images = decode_latents(self.vae, latents)
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    __call__.__doc__ = (__call__.__doc__ or "") + EXAMPLE
+
+    def save_pretrained(self, save_directory: str | os.PathLike, include_frozen: bool = True, **kwargs):
+        r"""
+        Writes the pipeline folder. With `include_frozen=False` MLLM and autoencoder stay out, and loading fetches them
+        from where `text_encoder.config.mllm_name_or_path` and `vae_name_or_path` say.
+
+        Raises:
+            `ValueError`: `include_frozen=False` without both references.
+        """
+        if include_frozen:
+            return super().save_pretrained(save_directory, **kwargs)
+        if self.config.vae_name_or_path is None:
+            raise ValueError("include_frozen=False needs vae_name_or_path, from which to load the autoencoder.")
+        text_encoder, vae = self.text_encoder, self.vae
+        self.text_encoder = self.vae = None  # components that are None are not written
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.text_encoder, self.vae = text_encoder, vae
+        text_encoder.save_pretrained(Path(save_directory) / "text_encoder", include_frozen=False)
+        index = dict(self.config) | {"vae": (None, None)}
+        self._internal_dict, config = type(self.config)(index), self.config
+        self.save_config(save_directory)
+        self._internal_dict = config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "IOMMPipeline":
+        r"""
+        Loads a pipeline from a folder or a Hub id. Frozen parts that were left out come from their references.
+
+        Raises:
+            `OSError`: a part is found nowhere, or is not the one that this checkpoint was trained with.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(cls.download(pretrained_model_name_or_path, **kwargs))
+        index = cls.load_config(folder)
+        if "vae" not in kwargs and index["vae"][0] is None and index.get("vae_name_or_path") is not None:
+            vae_folder = resolve_frozen(index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"])
+            if index["vae_hash"] not in (None, hash_weight_files(vae_folder)):
+                raise OSError(
+                    f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
+                    f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
+                )
+            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=kwargs.get("torch_dtype"))
+        return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:
+        """Fetches a published pipeline. diffusers refuses components of other libraries from the Hub; ours are installed
+        beside this class, so no code is fetched and none is trusted: only weights (safetensors) and plain text."""
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        return snapshot_download(
+            str(pretrained_model_name), allow_patterns=PIPELINE_FILES, ignore_patterns=["state/*"], **options
+        )
+
+
+def join_conditions(
+    first: torch.Tensor, first_mask: torch.Tensor | None, second: torch.Tensor, second_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Two batches of conditions as one, padded to the longer; without any padding the mask stays `None`."""
+    rows = max(first.shape[1], second.shape[1])
+    if first_mask is None and second_mask is None and first.shape[1] == second.shape[1]:
+        return torch.cat([first, second]), None
+
+    def pad(condition: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = condition.new_ones(condition.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        extra = rows - condition.shape[1]
+        return torch.nn.functional.pad(condition, (0, 0, 0, extra)), torch.nn.functional.pad(mask, (0, extra))
+
+    (first, first_mask), (second, second_mask) = pad(first, first_mask), pad(second, second_mask)
+    return torch.cat([first, second]), torch.cat([first_mask, second_mask])
+
+
+def encode_images(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents: the posterior's mean, or a draw with `noise` of its shape."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents -> images (B, 3, H, W) in about [-1, 1]."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(latents, return_dict=False)[0]

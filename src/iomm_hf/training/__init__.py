@@ -1,0 +1,1 @@
+"""The trainable unit and the one loop that runs both stages."""

@@ -1,0 +1,46 @@
+"""Shared tiny components: real classes, random weights, seeded. Nothing here reaches a network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy test workers are slower with two threads each
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iomm_hf.tiny import tiny_encoder, tiny_processor
+
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Four different noisy pictures of odd sizes."""
+    rng = np.random.default_rng(0)
+    sizes = [(64, 64), (50, 80), (31, 64), (90, 70)]
+    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+@pytest.fixture
+def make_encoder(processor):
+    """Builds an encoder whose fresh adapter is loud enough for its gradients to be compared."""
+
+    def make(**config):
+        return tiny_encoder(processor, seed=0, **config)
+
+    return make
+
+
+@pytest.fixture
+def generators():
+    """One CPU generator per sample."""
+    return lambda count, seed=0: [torch.Generator().manual_seed(seed + i) for i in range(count)]
