@@ -10,6 +10,7 @@ condition. This file imports torch and transformers alone, because published che
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -310,6 +311,10 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     Describes to a generator what to draw: a frozen MLLM reads text, an image or both, and the adapter's queries gather
     the answer. Only `adapter` and `connector` train; `mllm` stays frozen and in eval mode whatever is called.
 
+    Args:
+        config ([`IOMMConfig`]): The configuration.
+        mllm (`PreTrainedModel`, *optional*): A loaded MLLM to build on; random weights without it.
+
     Example:
 
     ```python
@@ -322,9 +327,10 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     ```
     """
 
-    def __init__(self, config: IOMMConfig):
+    def __init__(self, config: IOMMConfig, mllm: PreTrainedModel | None = None):
         super().__init__(config)
-        self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
+        with nullcontext() if mllm is None else torch.device("meta"):  # no memory for weights that `mllm` replaces
+            self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
         language_config = config.get_text_config()
         layer_types = set(getattr(language_config, "layer_types", None) or ["full_attention"])
         if config.mllm_config.model_type != "internvl" or layer_types != {"full_attention"}:
@@ -338,6 +344,8 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
+        if mllm is not None:
+            self.mllm = mllm
         self.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "IOMMConditionEncoder":

@@ -55,6 +55,8 @@ class IOMMPipeline(DiffusionPipeline):
         vae_subfolder (`str`, *optional*): Its folder there.
         vae_revision (`str`, *optional*): The commit it was trained with.
         vae_hash (`str`, *optional*): Hash of its weight files, checked at load.
+        resolution (`int`, *optional*): Side of the pictures it was trained on, in pixels; the default size. Without it,
+            the autoencoder's `sample_size`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -71,6 +73,7 @@ class IOMMPipeline(DiffusionPipeline):
         vae_subfolder: str | None = None,
         vae_revision: str | None = None,
         vae_hash: str | None = None,
+        resolution: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -81,6 +84,7 @@ class IOMMPipeline(DiffusionPipeline):
             vae_subfolder=vae_subfolder,
             vae_revision=vae_revision,
             vae_hash=vae_hash,
+            resolution=resolution,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -234,6 +238,11 @@ class IOMMPipeline(DiffusionPipeline):
         return self.vae_scale_factor * latent_multiple(self.transformer, self.vae.config.latent_channels)
 
     @property
+    def resolution(self) -> int:
+        """Default height and width, in pixels."""
+        return self.config.resolution or self.vae.config.sample_size
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -285,7 +294,7 @@ class IOMMPipeline(DiffusionPipeline):
             image (`PIL.Image.Image` or a list, *optional*): Reference to edit; without a prompt, to vary.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Defaults to the
                 unconditional instruction that training used.
-            height, width (`int`, *optional*): Size in pixels; defaults to the autoencoder's `sample_size`.
+            height, width (`int`, *optional*): Size in pixels; defaults to `resolution`.
             num_inference_steps (`int`, *optional*, defaults to 30): Steps from noise to image.
             guidance_scale (`float`, *optional*, defaults to 4.0): Strength of guidance; 1 turns it off and halves the
                 cost (neighbours use 3 to 5; the paper gives none).
@@ -311,8 +320,8 @@ class IOMMPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = height or self.vae.config.sample_size
-        width = width or self.vae.config.sample_size
+        height = height or self.resolution
+        width = width or self.resolution
         self.check_inputs(
             prompt,
             image,

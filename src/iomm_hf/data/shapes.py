@@ -728,7 +728,11 @@ def _describe_in_order(order: tuple[SceneObject, ...], with_colors: bool) -> str
         if (shape, other_shape) in held_out_shapes:
             return None
         different = shape != other_shape and color != other_color
-        if with_colors and different and is_held_out(make_metadata("color_attr", color, shape, other_color, other_shape)):
+        if (
+            with_colors
+            and different
+            and is_held_out(make_metadata("color_attr", color, shape, other_color, other_shape))
+        ):
             return None
     if relation is not None:
         names = [f"{item.color} {item.shape}" if with_colors else item.shape for item in order]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import tarfile
 from collections import Counter
@@ -270,6 +271,8 @@ class SampleStream(IterableDataset):
                         origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
                         key = f"{self.fingerprint}/{shard}/{index}"
                         yield _Raw(key, origin, values[0], values[-1], position, index)
+                if self.in_tars and "://" not in file:
+                    _check_end_of_tar(file)
             except (tarfile.TarError, EOFError, ValueError, OSError) as error:
                 # pyarrow's word for damaged bytes is a bare OSError; the disk's have a number, the network's a class.
                 if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
@@ -467,6 +470,8 @@ def _open(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
         raise ValueError(f"{source.path!r} has no split {source.split!r}, only {list(builder.config.data_files)}")
     found = builder.config.data_files[source.split]
     files = sorted(file for file in found if not reader or _is_read_by(reader, file))
+    if not files:
+        raise ValueError(f"cannot open {source.path!r}: no file goes by this name")
     for pattern in source.exclude:
         kept = [file for file in files if not fnmatch(Path(file).name, pattern)]
         if len(kept) == len(files):
@@ -505,6 +510,15 @@ def _detect_reader(folder: Path) -> str:
             f"({', '.join(READERS)}), found {dict(counts) or 'none'}; a glob picks one kind among several"
         )
     return counts.popitem()[0]
+
+
+def _check_end_of_tar(file: str) -> None:
+    """Raise for a cut inside of a header, which `tarfile` takes for the end without a word."""
+    with open(file, "rb") as archive:
+        is_plain = archive.read(262).endswith(b"ustar")
+        archive.seek(-1024, os.SEEK_END)
+        if is_plain and any(archive.read()):
+            raise tarfile.ReadError("cut short, the 1024 zero bytes at the end of a tar are missing")
 
 
 def _find_image_column(source: SourceConfig, dataset: datasets.IterableDataset) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.shapes import COLORS, SHAPES, TASKS, Metadata, coverage, is_held_out, list_metadata, render, scene_for, signed_distance
+from ..data.shapes import COLORS, SHAPES, TASKS, Metadata, coverage, is_held_out, list_metadata, render, scene_for
 
 
 try:
@@ -37,10 +37,10 @@ PALETTE = np.array(list(COLORS.values())) / 255 @ OPPONENT  # (8, 3)
 
 MIN_CHROMA = 0.5 * np.linalg.norm(PALETTE[:, :2], axis=1).min()
 MIN_AREA = 0.005  # of the picture; the smallest object drawn, a star of radius 0.13, covers 0.018
-MIN_CORE_SHARE = 0.15  # a colour with less of a component's inside is a fringe, not an object
+MIN_CORE_SHARE = 0.25  # of a colour's pixels in a component: with less inside it is a fringe, not an object
 MAX_COLOR_DISTANCE = 0.22  # an object whose colour is further from the whole palette has no name
 MIN_OVERLAP = 0.75  # intersection over union with the best template; blobs stay below
-TEMPLATE_BLURS = (0.7, 1.4)  # pixels; blur fills notches and holes, so blurred shapes need blurred templates
+TEMPLATE_BLURS = (0.0, 0.7, 1.4)  # pixels; blur fills notches and holes, so blurred shapes need blurred templates
 
 
 POSITION_THRESHOLD = 0.1  # GenEval's: the share of both boxes' sides by which an offset is reduced
@@ -163,19 +163,19 @@ def _fit_background(pixels: np.ndarray) -> np.ndarray:
     """A plane for each channel through the pixels that look like the border, (H, W, 3)."""
     height, width, _ = pixels.shape
     y, x = np.mgrid[0:height, 0:width]
-    terms = np.stack([np.ones(height * width), x.ravel() / width - 0.5, y.ravel() / height - 0.5], axis=1)
-    flat = pixels.reshape(-1, 3)
+    terms = np.stack([np.ones_like(x), x / width - 0.5, y / height - 0.5], axis=-1)  # (H, W, 3)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    background = np.broadcast_to(np.median(border, axis=0), flat.shape)
+    weights = np.zeros((3, 3))
+    weights[0] = np.median(border, axis=0)
+    sampled, inputs = pixels[::2, ::2].reshape(-1, 3), terms[::2, ::2].reshape(-1, 3)  # a quarter of them suffices
     # Each round keeps the pixels near the last fit; the first is wide enough for the steepest ramp that is drawn.
     for tolerance in (0.2, 0.1, 0.08):
-        near = np.abs(flat - background).max(axis=1) < tolerance
+        near = (np.abs(sampled - inputs @ weights) < tolerance).all(axis=1)
         if near.mean() < 0.1:
             break
-        inputs = terms[near]
-        weights = np.linalg.lstsq(inputs.T @ inputs, inputs.T @ flat[near], rcond=None)[0]
-        background = terms @ weights
-    return background.reshape(pixels.shape)
+        used = inputs[near]
+        weights = np.linalg.lstsq(used.T @ used, used.T @ sampled[near], rcond=None)[0]
+    return terms @ weights
 
 
 def _nearest_color(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -191,12 +191,18 @@ def _components(mask: np.ndarray, min_area: float) -> list[np.ndarray]:
     return [labels == i + 1 for i in np.flatnonzero(areas >= min_area)]
 
 
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask; the last two are exclusive."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def _inner(mask: np.ndarray) -> np.ndarray:
     eroded = ndimage.binary_erosion(mask)
     return eroded if eroded.any() else mask
 
 
-def _split_by_color(component: np.ndarray, color: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def _split_by_color(component: np.ndarray, color: np.ndarray, min_area: float) -> list[tuple[int, np.ndarray]]:
     """
     Parts of one colour in a connected component, which touching objects may share.
 
@@ -204,11 +210,12 @@ def _split_by_color(component: np.ndarray, color: np.ndarray) -> list[tuple[int,
     brown). Such fringes are thin, so a colour counts when its own pixels have an inside, and the others join the
     nearest that counts.
     """
-    areas = np.array([np.count_nonzero(component & (color == k)) for k in range(len(PALETTE))])
-    cores = np.array([np.count_nonzero(ndimage.binary_erosion(component & (color == k))) for k in range(len(PALETTE))])
-    kept = np.flatnonzero(cores > MIN_CORE_SHARE * cores.sum())
+    own = [component & (color == k) for k in range(len(PALETTE))]
+    areas = np.array([mask.sum() for mask in own])
+    cores = np.array([ndimage.binary_erosion(mask).sum() if mask.any() else 0 for mask in own])
+    kept = np.flatnonzero((areas >= min_area) & (cores >= MIN_CORE_SHARE * areas))
     if len(kept) < 2:
-        return [(int(kept[0] if len(kept) else areas.argmax()), component)]
+        return [(int(cores.argmax() if cores.any() else areas.argmax()), component)]
     seeds = np.where(component & np.isin(color, kept), color, -1)
     rows, columns = ndimage.distance_transform_edt(seeds < 0, return_distances=False, return_indices=True)
     filled = seeds[rows, columns]
@@ -221,19 +228,19 @@ def _name_shape(opacity: np.ndarray) -> tuple[str, float]:
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     area = opacity.sum()
     center_x, center_y = (opacity * x).sum() / area, (opacity * y).sum() / area
-    best = ("", 0.0)
-    for shape in SHAPES:
+    templates = np.empty((len(SHAPES), height, width))
+    for i, shape in enumerate(SHAPES):
         unit_area, unit_center_y = _UNIT_MOMENTS[shape]
         radius = math.sqrt(area / unit_area)
-        distance = radius * signed_distance(
-            shape, (x - center_x) / radius, (y - center_y) / radius + unit_center_y
-        )
-        sharp = np.clip(0.5 - distance, 0.0, 1.0)
-        templates = np.stack([sharp, *(ndimage.gaussian_filter(sharp, sigma) for sigma in TEMPLATE_BLURS)])
-        overlap = np.minimum(templates, opacity).sum(axis=(1, 2)) / np.maximum(templates, opacity).sum(axis=(1, 2))
-        if overlap.max() > best[1]:
-            best = (shape, float(overlap.max()))
-    return best
+        templates[i] = coverage(shape, x - center_x, y - center_y + radius * unit_center_y, radius)
+    overlaps = np.stack([_overlap(opacity, ndimage.gaussian_filter(templates, (0, b, b))) for b in TEMPLATE_BLURS])
+    best = int(overlaps.max(axis=0).argmax())
+    return SHAPES[best], float(overlaps[:, best].max())
+
+
+def _overlap(opacity: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Intersection over union of one opacity map (h, w) with each template (N, h, w)."""
+    return np.minimum(templates, opacity).sum(axis=(1, 2)) / np.maximum(templates, opacity).sum(axis=(1, 2))
 
 
 def _unit_moments(shape: str) -> tuple[float, float]:
@@ -291,25 +298,24 @@ def find_objects(image: Image.Image | np.ndarray) -> list[Detection]:
 
     found = []
     for component in _components(mask, min_area):
-        for k, part in _split_by_color(component, color):
-            rows, columns = ndimage.find_objects(part.astype(np.int8))[0]
-            rows, columns = slice(max(rows.start - 2, 0), rows.stop + 2), slice(max(columns.start - 2, 0), columns.stop + 2)
+        left, top, right, bottom = _bounds(component)
+        left, top = max(left - 2, 0), max(top - 2, 0)
+        window = (slice(top, bottom + 2), slice(left, right + 2))  # everything below is within it
+        for k, part in _split_by_color(component[window], color[window], min_area):
             # Opacity of this colour over the background: 0.5 is where the outline runs.
-            full = PALETTE[k] - background[rows, columns]
-            opacity = np.clip((contrast[rows, columns] * full).sum(axis=-1) / (full**2).sum(axis=-1), 0.0, 1.0)
-            own = part[rows, columns]
-            for piece in _components(own & (opacity > 0.5), min_area):
-                median = np.median(observed[rows, columns][_inner(piece)], axis=0)
+            full = PALETTE[k] - background[window]
+            opacity = np.clip((contrast[window] * full).sum(axis=-1) / (full**2).sum(axis=-1), 0.0, 1.0)
+            for piece in _components(part & (opacity > 0.5), min_area):
+                median = np.median(observed[window][_inner(piece)], axis=0)
                 (name,), (distance,) = _nearest_color(median[None])
                 if distance > MAX_COLOR_DISTANCE:
                     continue
                 # Two pixels around the piece hold the rest of its outline, unless another object shows there.
-                fringe = ndimage.binary_dilation(piece, np.ones((5, 5))) & (own | ~mask[rows, columns])
+                fringe = ndimage.binary_dilation(piece, np.ones((5, 5))) & (part | ~mask[window])
                 shape, overlap = _name_shape(np.where(fringe, opacity, 0.0))
                 if overlap >= MIN_OVERLAP:
-                    top, left = np.argwhere(piece).min(axis=0) + (rows.start, columns.start)
-                    bottom, right = np.argwhere(piece).max(axis=0) + (rows.start + 1, columns.start + 1)
-                    box = (float(left), float(top), float(right), float(bottom))
+                    x0, y0, x1, y1 = _bounds(piece)
+                    box = (float(left + x0), float(top + y0), float(left + x1), float(top + y1))
                     found.append(Detection(shape, box, overlap, COLOR_NAMES[name]))
     return sorted(found, key=lambda detection: -detection.score)
 
@@ -335,3 +341,255 @@ def score_image(image: Image.Image | np.ndarray, metadata: Metadata) -> Verdict:
     found = find_objects(image)
     correct, reason = judge(found, metadata)
     return Verdict(correct, reason, found)
+
+
+# Benchmark
+
+
+@dataclass(frozen=True)
+class BenchmarkPicture:
+    """One picture to draw: a prompt's metadata (with `held_out`) and the seed of the noise to start from."""
+
+    metadata: Metadata
+    seed: int
+
+
+def benchmark_prompts(
+    tasks: Sequence[str] = TASKS, *, max_prompts: int = 50, max_held_out: int = 10, seed: int = 0
+) -> list[Metadata]:
+    """
+    The benchmark's prompts: all distinct prompts of a task, or a seeded choice where there are too many.
+
+    With the defaults 8, 50, 24, 50, 50 and 50 prompts in the order of `TASKS`. Held-out prompts are 0, 8, 0, 8, 10 and
+    10 of them: more than their natural share, so that 200 pictures a task still tell something about them.
+
+    Args:
+        tasks (`Sequence[str]`, *optional*, defaults to all six): Which tasks.
+        max_prompts (`int`, *optional*, defaults to 50): Most prompts of a task.
+        max_held_out (`int`, *optional*, defaults to 10): Most of them that are held out of training.
+        seed (`int`, *optional*, defaults to 0): Seed of the choice.
+
+    Returns:
+        `list[dict]`: GenEval metadata, task by task, each with a boolean `held_out` added.
+
+    Raises:
+        ValueError: If a task is unknown.
+
+    Example:
+
+    ```py
+    >>> prompts = benchmark_prompts(["two_object"])
+    >>> len(prompts), sum(metadata["held_out"] for metadata in prompts)
+    (50, 8)
+    ```
+    """
+    chosen = []
+    for task in tasks:
+        candidates = [{**metadata, "held_out": is_held_out(metadata)} for metadata in list_metadata(task)]
+        rng = np.random.default_rng([seed, TASKS.index(task)])
+        held_out = [i for i, metadata in enumerate(candidates) if metadata["held_out"]]
+        seen = [i for i, metadata in enumerate(candidates) if not metadata["held_out"]]
+        kept = rng.permutation(held_out)[: min(max_held_out, max_prompts)].tolist()
+        kept += rng.permutation(seen)[: max_prompts - len(kept)].tolist()
+        chosen += [candidates[int(i)] for i in sorted(kept)]
+    return chosen
+
+
+def benchmark_plan(
+    prompts: Sequence[Metadata] | None = None, *, pictures_per_task: int = 200
+) -> list[BenchmarkPicture]:
+    """
+    Which pictures to draw: each task's prompts in turn with seed 0, then with seed 1, until the task has enough.
+
+    Args:
+        prompts (`Sequence[dict]`, *optional*, defaults to `benchmark_prompts()`): Metadata with `held_out`.
+        pictures_per_task (`int`, *optional*, defaults to 200): Pictures of each task that the prompts hold.
+
+    Returns:
+        `list[BenchmarkPicture]`: The plan, task by task.
+
+    Example:
+
+    ```py
+    >>> plan = benchmark_plan()
+    >>> len(plan), max(picture.seed for picture in plan if picture.metadata["tag"] == "two_object")
+    (1200, 3)
+    ```
+    """
+    by_task: dict[str, list[Metadata]] = defaultdict(list)
+    for metadata in benchmark_prompts() if prompts is None else prompts:
+        by_task[metadata["tag"]].append(metadata)
+    return [
+        BenchmarkPicture(group[i % len(group)], i // len(group))
+        for group in by_task.values()
+        for i in range(pictures_per_task)
+    ]
+
+
+def render_truth(plan: Sequence[BenchmarkPicture], size: int = 64) -> list[np.ndarray]:
+    """
+    A true picture for each entry of a plan: what the scorer's ceiling, and that of an autoencoder, is measured on.
+
+    Example:
+
+    ```py
+    >>> plan = benchmark_plan(pictures_per_task=1)
+    >>> score_pictures(render_truth(plan), [picture.metadata for picture in plan]).overall.value
+    1.0
+    ```
+    """
+    return [
+        render(scene_for(picture.metadata, np.random.default_rng([picture.seed, index])), size)
+        for index, picture in enumerate(plan)
+    ]
+
+
+# Report
+
+
+@dataclass(frozen=True)
+class Share:
+    """`correct` of `total` pictures, with Wilson's 95 % interval."""
+
+    correct: int
+    total: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The plain mean of several tasks' accuracies, with a 95 % interval, and the tasks that it is over."""
+
+    value: float
+    low: float
+    high: float
+    tasks: list[str]
+
+
+@dataclass(frozen=True)
+class ShapesReport:
+    """
+    What a set of pictures scores.
+
+    Args:
+        tasks (`dict[str, Share]`): By task.
+        overall (`Mean`, *optional*): Plain mean of the six tasks, as GenEval reports it; `None` unless all six are there.
+        seen, held_out (`dict[str, Share]`): By task, the pictures whose prompt was allowed in, and held out of, training.
+        seen_mean, held_out_mean (`Mean`, *optional*):
+            Plain means over the tasks that have pictures of both kinds, so that the two compare; `None` without any.
+        pictures (`int`): Pictures scored.
+        prompts (`int`): Distinct prompts among them.
+        seeds (`list[int]`): The seeds they were drawn with, sorted; empty where none were given.
+    """
+
+    tasks: dict[str, Share]
+    overall: Mean | None
+    seen: dict[str, Share]
+    held_out: dict[str, Share]
+    seen_mean: Mean | None
+    held_out_mean: Mean | None
+    pictures: int
+    prompts: int
+    seeds: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON."""
+        return asdict(self)
+
+
+def wilson_share(correct: int, total: int, confidence: float = 0.95) -> Share:
+    """
+    A proportion with Wilson's score interval, which stays inside [0, 1] and keeps a width at 0 and 1.
+
+    Raises:
+        ValueError: If `total` is not positive or `correct` not in [0, total].
+
+    Example:
+
+    ```py
+    >>> share = wilson_share(200, 200)
+    >>> share.accuracy, round(share.low, 3), share.high
+    (1.0, 0.981, 1.0)
+    ```
+    """
+    if total <= 0 or not 0 <= correct <= total:
+        raise ValueError(f"Expected 0 <= correct <= total and total > 0, got {correct} of {total}.")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At 0 and 1 the bound equals the share but for rounding.
+    low = 0.0 if correct == 0 else center - half
+    high = 1.0 if correct == total else center + half
+    return Share(correct, total, share, low, high)
+
+
+def mean_of_shares(shares: dict[str, Share]) -> Mean:
+    """
+    Plain mean of the tasks' accuracies. Its interval recovers the tasks' variances from their Wilson limits (MOVER,
+    Zou and Donner 2008), so that it neither collapses where every picture is right nor leaves [0, 1]. Pictures count as
+    independent, although those of one prompt are alike.
+
+    Example:
+
+    ```py
+    >>> mean_of_shares({"colors": wilson_share(10, 20), "counting": wilson_share(20, 20)}).value
+    0.75
+    ```
+    """
+    value = fmean(share.accuracy for share in shares.values())
+    down = math.hypot(*(share.accuracy - share.low for share in shares.values())) / len(shares)
+    up = math.hypot(*(share.high - share.accuracy for share in shares.values())) / len(shares)
+    return Mean(value, value - down, value + up, list(shares))
+
+
+def score_pictures(
+    pictures: Iterable[Image.Image | np.ndarray], metadata: Sequence[Metadata], *, seeds: Sequence[int] = ()
+) -> ShapesReport:
+    """
+    Score pictures against their prompts.
+
+    Args:
+        pictures (`Iterable`): PIL images or `uint8` arrays of shape `(H, W, 3)`; a generator is read one at a time.
+        metadata (`Sequence[dict]`): The prompt's metadata of each picture.
+        seeds (`Sequence[int]`, *optional*): The seeds that the pictures were drawn with, for the report.
+
+    Returns:
+        `ShapesReport`: The scores.
+
+    Raises:
+        ValueError: If there are not as many pictures as metadata, none at all, or a task is unknown.
+
+    Example:
+
+    ```py
+    >>> blank = Image.new("RGB", (64, 64))
+    >>> score_pictures([blank], list_metadata("single_object")[:1]).tasks["single_object"].accuracy
+    0.0
+    ```
+    """
+    verdicts: dict[tuple[str, bool], list[bool]] = defaultdict(list)
+    for picture, wanted in zip(pictures, metadata, strict=True):
+        verdicts[wanted["tag"], is_held_out(wanted)].append(score_image(picture, wanted).correct)
+    if not verdicts:
+        raise ValueError("There are no pictures to score.")
+
+    def shares(*kinds: bool) -> dict[str, Share]:
+        results = {task: [right for kind in kinds for right in verdicts.get((task, kind), [])] for task in TASKS}
+        return {task: wilson_share(sum(right), len(right)) for task, right in results.items() if right}
+
+    tasks, seen, held_out = shares(False, True), shares(False), shares(True)
+    both = [task for task in TASKS if task in seen and task in held_out]
+    return ShapesReport(
+        tasks=tasks,
+        overall=mean_of_shares(tasks) if len(tasks) == len(TASKS) else None,
+        seen=seen,
+        held_out=held_out,
+        seen_mean=mean_of_shares({task: seen[task] for task in both}) if both else None,
+        held_out_mean=mean_of_shares({task: held_out[task] for task in both}) if both else None,
+        pictures=len(metadata),
+        prompts=len({wanted["prompt"] for wanted in metadata}),
+        seeds=sorted(set(seeds)),
+    )

@@ -1,0 +1,168 @@
+"""The settings of a run, as one typed table that YAML files and flags fill (`TrlParser`).
+
+Defaults are the paper's for IOMM-B unless the help says "our choice". Whatever could change the numbers a run computes is
+compared when it resumes; the few fields in `FREE_ON_RESUME` may differ.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..data.streams import SourceConfig
+
+
+# May change between the parts of one run: they decide when it stops and what it shows, not what it computes.
+FREE_ON_RESUME = {
+    "max_steps",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "validate_every",
+    "validation_prompts",
+    "validation_steps",
+    "validation_guidance",
+    "log_every",
+    "tracker",
+}
+
+
+def setting(default: Any, help: str) -> Any:
+    """A documented field."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """Settings shared by both stages; each field's help is its documentation."""
+
+    output_dir: str = setting("outputs/run", "Folder of the run: checkpoints, log, pictures, `final`.")
+
+    # Model
+    preset: str = setting("base", "Size to build: tiny, base, large or xl.")
+    init_from: str | None = setting(
+        None, "Pipeline folder or Hub id to start from, such as stage 1's `final`; replaces `preset`, `mllm`, `vae`."
+    )
+    mllm: str | None = setting(None, "Frozen MLLM: folder or Hub id in InternVL's layout. Default: the preset's.")
+    mllm_revision: str | None = setting(None, "Revision of `mllm`; resolved and recorded when the run starts.")
+    vae: str | None = setting(None, "Frozen autoencoder: folder or Hub id. Default: the preset's.")
+    vae_subfolder: str | None = setting(None, "Its folder inside `vae`.")
+    vae_revision: str | None = setting(None, "Revision of `vae`.")
+    condition_tokens: str | None = setting(None, "Rows that the generator sees: queries or all. Default: the preset's.")
+    mask_mode: str | None = setting(None, "What becomes of masked image tokens: drop or zero. Default: the preset's.")
+    connector_layers: int | None = setting(None, "Bidirectional layers behind the MLLM. Default: the preset's.")
+
+    # Data. In YAML a source is a path or a mapping of SourceConfig's fields; as flags, paths.
+    images: list[str] = setting([], "Sources of pictures without text.")
+    pairs: list[str] = setting([], "Sources of pictures with text; each needs a caption_column.")
+    mix_ratio: float = setting(1.0, "Share of image-only samples (the paper's lambda); the others are pairs.")
+    resolution: int | None = setting(None, "Side of the pictures, px: shorter edge resized, centre cropped. Default: the preset's.")
+    shuffle_block: int = setting(1024, "Samples read and shuffled at a time (our choice).")
+    num_workers: int = setting(2, "Loader processes a rank.")
+    condition_dropout: float = setting(0.1, "Share of samples trained without condition, for guidance (our choice).")
+
+    # Objective
+    mask_ratio: float | None = setting(None, "Share r of image tokens hidden, in [0, 1). Default: the preset's.")
+    timestep_sampling: str = setting("uniform", "Law of t: uniform (paper) or logit_normal.")
+    timestep_shift: float = setting(1.0, "Moves training times towards noise; 1 leaves them (paper).")
+
+    # Optimisation
+    batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
+    gradient_accumulation: int = setting(1, "Forward passes an optimizer step.")
+    max_steps: int = setting(1000, "Optimizer steps of the run.")
+    learning_rate: float = setting(1e-4, "Peak rate; `tiny` likes about 1e-3.")
+    adam_beta1: float = setting(0.9, "AdamW beta 1.")
+    adam_beta2: float = setting(0.95, "AdamW beta 2.")
+    weight_decay: float = setting(0.0, "AdamW weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
+    lr_scheduler: str = setting("constant_with_warmup", "Any schedule of diffusers (our choice).")
+    warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
+    ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
+    mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = setting(0, "Everything random derives from it.")
+
+    # Keeping, showing
+    resume: bool = setting(True, "Continue from the newest checkpoint in output_dir, exactly.")
+    save_every: int = setting(1000, "Steps between checkpoints.")
+    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.")
+    validate_every: int = setting(500, "Steps between validation pictures; 0 turns them off.")
+    validation_prompts: list[str] = setting([], "Prompts of the validation pictures.")
+    validation_steps: int = setting(20, "Sampling steps of a validation picture.")
+    validation_guidance: float = setting(4.0, "Guidance scale of a validation picture.")
+    log_every: int = setting(10, "Steps between lines of log.jsonl and the trackers.")
+    tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, ... or none.")
+
+    def __post_init__(self):
+        self.images = [as_source(source) for source in self.images]
+        self.pairs = [as_source(source) for source in self.pairs]
+        positive = ("batch_size", "gradient_accumulation", "max_steps", "learning_rate", "max_grad_norm", "save_every")
+        for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}.")
+        if not 0 <= self.mix_ratio <= 1:
+            raise ValueError(f"mix_ratio must be in [0, 1], got {self.mix_ratio}.")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Stage 1: pictures alone."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs or self.mix_ratio != 1:
+            raise ValueError(
+                "Image-only pre-training reads `images` alone, but `pairs` or a mix_ratio below 1 were given. Use"
+                " recipes/finetune_mixed.py for them."
+            )
+        if not self.images:
+            raise ValueError("Give at least one source of pictures: --images FOLDER, or `images:` in the YAML file.")
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    """Stage 2: pairs and pictures, mixed."""
+
+    batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 256 (512 px), 96 (1024 px).")
+    mix_ratio: float = setting(0.5, "Share of image-only samples (the paper's lambda); the others are pairs.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mix_ratio < 1 and not self.pairs:
+            raise ValueError(f"mix_ratio={self.mix_ratio} needs pairs: --pairs in the YAML file, with a caption_column.")
+        if self.mix_ratio > 0 and not self.images:
+            raise ValueError(f"mix_ratio={self.mix_ratio} needs pictures without text: --images FOLDER.")
+
+
+def as_source(source: Any) -> SourceConfig:
+    """A source as YAML, flags, code or a saved run give it."""
+    if isinstance(source, SourceConfig):
+        return source
+    if isinstance(source, str):
+        return SourceConfig(source)
+    unknown = set(source) - {f.name for f in fields(SourceConfig)}
+    if unknown or "path" not in source:
+        raise ValueError(
+            f"A source needs `path` and takes {', '.join(f.name for f in fields(SourceConfig))}; got {dict(source)}."
+        )
+    return SourceConfig(**source)
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run may not change but did, as readable lines."""
+    return [
+        f"{name}: {saved.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in FREE_ON_RESUME and name != "output_dir" and saved.get(name) != value
+    ]

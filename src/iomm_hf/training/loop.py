@@ -1,0 +1,307 @@
+"""The one loop that runs both stages, on one process or many, through Accelerate.
+
+`train` reads from top to bottom: build, resume, then step, log, show and save until `max_steps`. A killed run that is
+started again by the same command ends with the same weights, averages, optimizer and data order as one never killed.
+"""
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..data.collate import IOMMCollator, sample_seed
+from ..data.streams import build_stream
+from ..pipeline_iomm import IOMMPipeline
+from ..presets import get_preset
+from .checkpoints import (
+    TEMPORARY,
+    checkpoint_name,
+    ema_weights,
+    keep_frozen_out,
+    list_checkpoints,
+    load_checkpoint,
+    remove_leftovers,
+    rotate,
+    save_checkpoint,
+    whole_folder,
+    write_json,
+)
+from .config import TrainingConfig, changed_settings
+from .module import IOMMTrainingModule
+from .setup import build_pipeline, frozen_on_hub
+
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainingConfig) -> Path:
+    r"""
+    Runs one stage.
+
+    Args:
+        config ([`PretrainConfig`] or [`FinetuneConfig`]): The run's settings.
+
+    Returns:
+        `Path` of the finished pipeline, `output_dir/final`, which holds the averaged weights and its frozen parts.
+
+    Raises:
+        `ValueError`: settings that do not fit, or that differ from those of the run to resume.
+        `FloatingPointError`: the loss is not finite.
+        `OSError`: a checkpoint could not be written.
+    """
+    output_dir = Path(config.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tracker")),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    set_seed(config.seed)
+    checkpoint = open_run(config, output_dir, accelerator)
+
+    # 1. Parts
+    pipeline = build_pipeline(config) if checkpoint is None else IOMMPipeline.from_pretrained(checkpoint)
+    resolution = config.resolution or pipeline.resolution
+    if resolution % pipeline.size_multiple:
+        raise ValueError(f"resolution must be a multiple of {pipeline.size_multiple}, got {resolution}.")
+    pipeline.register_to_config(resolution=resolution)
+    mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
+    if config.mixed_precision == "bf16":
+        pipeline.text_encoder.mllm.to(torch.bfloat16)  # frozen, so nothing is lost in small updates
+    module = IOMMTrainingModule(
+        pipeline.text_encoder,
+        pipeline.transformer,
+        pipeline.vae,
+        mask_ratio,
+        config.timestep_sampling,
+        config.timestep_shift,
+    ).train()
+    if config.gradient_checkpointing:
+        module.encoder.gradient_checkpointing_enable()
+        module.transformer.enable_gradient_checkpointing()
+    parameters = module.trainable_parameters()
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    keep_frozen_out(accelerator, module)
+    ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+
+    # 2. Data: every rank reads its own share, so Accelerate need not split or dispatch.
+    stream = build_stream(
+        config.images,
+        config.pairs,
+        config.mix_ratio,
+        seed=config.seed,
+        block_size=config.shuffle_block,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
+    loader = StatefulDataLoader(
+        stream, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers, drop_last=True
+    )
+
+    # 3. Resume
+    step, skipped = 0, Counter()
+    if checkpoint is not None:
+        rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
+        loader.load_state_dict(rank_state["loader"])
+        scheduler.load_state_dict(trainer_state["scheduler"])
+        step, skipped = trainer_state["step"], Counter(rank_state["skipped"])
+        logger.info("Resuming from %s", checkpoint)
+    if accelerator.is_main_process:
+        keep_log_until(output_dir / "log.jsonl", step)
+    accelerator.init_trackers("iomm", config=flat(config.to_dict()))
+
+    # 4. Train
+    images_per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    progress = tqdm(
+        initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
+    )
+    batches = iter(loader)
+    recent: list[float] = []  # losses since the last line of the log
+    clock = time.monotonic()
+    while step < config.max_steps:
+        loss, grad_norm = update(accelerator, wrapped, optimizer, batches, config, skipped)
+        scheduler.step()
+        if ema is not None:
+            ema.step(parameters)
+        step += 1
+        recent.append(loss)
+        progress.update()
+
+        if step % config.log_every == 0 or step == config.max_steps:
+            now = time.monotonic()
+            row = {
+                "step": step,
+                "images": step * images_per_step,
+                "loss": accelerator.reduce(torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean").item(),
+                "grad_norm": grad_norm,
+                "learning_rate": scheduler.get_last_lr()[0],
+                "images_per_second": len(recent) * images_per_step / (now - clock),
+                "skipped": dict(total(skipped)),
+            }
+            recent, clock = [], now
+            progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")
+            accelerator.log({name: value for name, value in row.items() if name != "skipped"}, step=step)
+            if accelerator.is_main_process:
+                with (output_dir / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+
+        if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
+            if accelerator.is_main_process:
+                with ema_weights(ema, module):
+                    draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
+            module.train()
+            accelerator.wait_for_everyone()
+            clock = time.monotonic()
+
+        if step % config.save_every == 0 or step == config.max_steps:
+            trainer_state = {
+                "step": step,
+                "num_processes": accelerator.num_processes,
+                "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+                "config": config.to_dict(),
+            }
+            rank_state = {"loader": loader.state_dict(), "skipped": skipped}
+            path = output_dir / checkpoint_name(step)
+            save_checkpoint(path, accelerator, pipeline, module, ema, rank_state, trainer_state)
+            if accelerator.is_main_process:
+                rotate(output_dir, config.keep_checkpoints)
+            clock = time.monotonic()
+    progress.close()
+
+    # 5. The result: whole in itself, but for frozen parts that the Hub holds
+    final = output_dir / "final"
+    with whole_folder(final, accelerator) as folder:
+        if accelerator.is_main_process:
+            with ema_weights(ema, module):
+                pipeline.save_pretrained(folder, include_frozen=not frozen_on_hub(pipeline))
+    all_skipped = total(skipped)
+    if all_skipped:
+        logger.warning("Bad samples skipped: %s", dict(all_skipped))
+    accelerator.end_training()
+    return final
+
+
+def update(accelerator, wrapped, optimizer, batches, config: TrainingConfig, skipped: Counter) -> tuple[float, float]:
+    """One optimizer step over `gradient_accumulation` batches; returns this rank's mean loss and the gradient's norm."""
+    losses = []
+    grad_norm = 0.0
+    for _ in range(config.gradient_accumulation):
+        batch = {
+            name: value.to(accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in next(batches).items()
+        }
+        skipped.update(batch["skipped"])
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"The loss is {losses[-1]} on the samples {batch['keys'][:4]}...; nothing was updated or saved."
+                    " A lower learning_rate helps most often; the newest checkpoint is whole."
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+    return sum(losses) / len(losses), grad_norm
+
+
+def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
+    """Prepares the run's folder; returns the checkpoint to resume from.
+
+    Raises:
+        `ValueError`: the folder holds a run with other settings, or one that may not be resumed.
+    """
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+    accelerator.wait_for_everyone()
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        if accelerator.is_main_process:
+            write_json(output_dir / "run.json", {"iomm_hf": __version__, "config": config.to_dict()})
+        return None
+    newest = checkpoints[-1]
+    if not config.resume:
+        raise ValueError(f"{output_dir} holds {newest.name}; resume it (--resume true) or choose another output_dir.")
+    saved = json.loads((newest / "state" / "trainer.json").read_text())["config"]
+    changes = changed_settings(saved, json.loads(json.dumps(config.to_dict())))
+    if changes:
+        raise ValueError(
+            f"{newest} was written with other settings, so it cannot be resumed exactly:\n  "
+            + "\n  ".join(changes)
+            + f"\nUse the same settings, or start a new output_dir with --init_from {newest}."
+        )
+    return newest
+
+
+def keep_log_until(path: Path, step: int):
+    """Drops the log's lines behind `step`: a resumed run writes them again."""
+    rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text("".join(row + "\n" for row in rows))
+    temporary.replace(path)
+
+
+def total(counts: Counter) -> Counter:
+    """Sum over ranks; every rank must call it."""
+    return sum(gather_object([counts]), Counter())
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: numbers and strings."""
+    return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in settings.items()}
+
+
+@torch.no_grad()
+def draw_validation(
+    config: TrainingConfig, pipeline: IOMMPipeline, accelerator: Accelerator, output_dir: Path, step: int, resolution: int
+):
+    """Draws the validation prompts, each from its own fixed noise, into `samples/` and the trackers."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.eval()
+    pipeline.transformer.eval()
+    prompts = config.validation_prompts
+    images = pipeline(
+        prompts,
+        height=resolution,
+        width=resolution,
+        num_inference_steps=config.validation_steps,
+        guidance_scale=config.validation_guidance,
+        generator=[torch.Generator().manual_seed(sample_seed(config.seed, prompt, 0)) for prompt in prompts],
+    ).images
+    folder = output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    columns = min(len(images), 8)
+    images += [images[0].copy().point(lambda _: 255)] * (-len(images) % columns)  # white in the last row's gaps
+    temporary = folder / f"{TEMPORARY}step-{step:08d}.png"
+    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
+    grid.save(temporary, format="PNG")
+    temporary.replace(folder / f"step-{step:08d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")

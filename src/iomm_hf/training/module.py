@@ -1,0 +1,108 @@
+"""The trainable unit: one `nn.Module` whose forward takes a batch and returns the loss.
+
+Accelerate wraps exactly one module, and its hooks (DDP, FSDP2, DeepSpeed) run only through the wrapped forward, so
+encoder, generator and objective live together here. MLLM and autoencoder are inside but frozen: they get no gradient, and
+`trainable_state` leaves them out of everything that is saved.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from torch import nn
+
+from ..flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_timesteps, velocity_target
+from ..generators import predict_velocity
+from ..modeling_iomm import IOMMConditionEncoder, draw_image_mask
+from ..pipeline_iomm import encode_images
+
+
+class IOMMTrainingModule(nn.Module):
+    r"""
+    IOMM's objective over a batch, the same in both stages: image-only, text and unconditional samples differ only in the
+    token sequences that the collator gave them (paper, Sec. 3 and Algorithm 1).
+
+    Args:
+        encoder ([`IOMMConditionEncoder`]): Its adapter and connector train.
+        transformer (`FluxTransformer2DModel` or `ZImageTransformer2DModel`): The generator, trained.
+        vae (`AutoencoderKL`): Frozen.
+        mask_ratio (`float`): Share r of image tokens hidden, in [0, 1).
+        timestep_sampling (`str`, *optional*, defaults to `"uniform"`): Law of t.
+        timestep_shift (`float`, *optional*, defaults to 1.0): See [`~iomm_hf.flow_matching.shift_time`].
+    """
+
+    def __init__(
+        self,
+        encoder: IOMMConditionEncoder,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        mask_ratio: float,
+        timestep_sampling: TimestepSampling = "uniform",
+        timestep_shift: float = 1.0,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.transformer = transformer.requires_grad_(True)
+        self.vae = vae.requires_grad_(False).eval()
+        self.mask_ratio = mask_ratio
+        self.timestep_sampling = timestep_sampling
+        self.timestep_shift = timestep_shift
+
+    def train(self, mode: bool = True) -> "IOMMTrainingModule":
+        super().train(mode)
+        self.vae.eval()  # the encoder keeps its own MLLM in eval mode
+        return self
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of what trains, for checkpoints."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The mean loss of a batch of [`~iomm_hf.data.collate.IOMMCollator`]."""
+        return self.sample_losses(batch).mean()
+
+    def sample_losses(self, batch: dict[str, Any], conditions_from: torch.Tensor | None = None) -> torch.Tensor:
+        r"""
+        One loss per sample, (B,). Time, mask and noise of a sample come from its own seed, in this order, so they do not
+        depend on its neighbours.
+
+        Args:
+            batch (`dict`): From the collator.
+            conditions_from (`torch.LongTensor` of shape `(B,)`, *optional*): Gives sample `i` the condition of sample
+                `conditions_from[i]`, everything else unchanged: the control that shows whether conditions are used.
+        """
+        device = batch["pixels"].device
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"].tolist()]
+        timestep = sample_timesteps(generators, self.timestep_sampling, self.timestep_shift).to(device)
+        image_mask = None
+        if "pixel_values" in batch:
+            ids = batch["input_ids"]
+            image_mask = draw_image_mask(ids, self.encoder.image_token_id, self.mask_ratio, generators)
+
+        with torch.no_grad():
+            images = batch["pixels"].to(self.vae.dtype) / 127.5 - 1
+            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            shape = (self.vae.config.latent_channels, images.shape[2] // scale, images.shape[3] // scale)
+            noise, posterior_noise = (
+                torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+                for _ in range(2)
+            )
+            latents = encode_images(self.vae, images, posterior_noise).float()
+
+        output = self.encoder(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch.get("pixel_values"),
+            image_mask=image_mask,
+        )
+        condition, condition_mask = output.condition, output.condition_mask
+        if conditions_from is not None:
+            condition = condition[conditions_from]
+            condition_mask = None if condition_mask is None else condition_mask[conditions_from]
+        velocity = predict_velocity(
+            self.transformer, interpolate(latents, noise, timestep), timestep, condition, condition_mask
+        )
+        return flow_matching_loss(velocity, velocity_target(latents, noise))
