@@ -9,6 +9,7 @@ condition. This file imports torch and transformers alone, because published che
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -528,7 +529,13 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         Raises:
             `OSError`: the checkpoint is incomplete, its MLLM is not found, or is not the one it was trained with.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        report = logging.getLogger("transformers.modeling_utils")
+        level = report.level
+        report.setLevel(logging.ERROR)  # it would call a left-out MLLM newly initialised; what is missing raises below
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        finally:
+            report.setLevel(level)
         missing = set(info["missing_keys"])
         if pretrained_model_name_or_path is not None and missing:
             frozen = {name for name in missing if name.startswith("mllm.")}

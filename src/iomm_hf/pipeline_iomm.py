@@ -423,17 +423,17 @@ class IOMMPipeline(DiffusionPipeline):
             return super().save_pretrained(save_directory, **kwargs)
         if self.config.vae_name_or_path is None:
             raise ValueError("include_frozen=False needs vae_name_or_path, from which to load the autoencoder.")
-        text_encoder, vae = self.text_encoder, self.vae
-        self.text_encoder = self.vae = None  # components that are None are not written
+        folder = Path(save_directory)
+        self.text_encoder.save_pretrained(folder / "text_encoder", include_frozen=False)
+        self.transformer.save_pretrained(folder / "transformer", **kwargs)
+        self.processor.save_pretrained(folder / "processor")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        index = self.config["vae"]
+        self.register_to_config(vae=(None, None))
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            self.save_config(folder)
         finally:
-            self.text_encoder, self.vae = text_encoder, vae
-        text_encoder.save_pretrained(Path(save_directory) / "text_encoder", include_frozen=False)
-        index = dict(self.config) | {"vae": (None, None)}
-        self._internal_dict, config = type(self.config)(index), self.config
-        self.save_config(save_directory)
-        self._internal_dict = config
+            self.register_to_config(vae=index)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "IOMMPipeline":

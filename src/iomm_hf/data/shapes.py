@@ -1,7 +1,7 @@
 """A small visual world in which GenEval's six tasks can be drawn and scored exactly, on a CPU and offline.
 
-Eight upright shapes in eight colours, one to four objects a scene, never overlapping, on plain or graded backgrounds of
-almost no chroma. Scenes keep fractions of the picture's side, so one scene renders at any size; rendering evaluates
+Eight upright shapes in eight colours, one to four objects a scene, never overlapping, on plain or graded backgrounds
+of almost no chroma. Scenes keep fractions of the picture's side, so one scene renders at any size; rendering evaluates
 signed distances, which gives anti-aliased edges. Scene `index` of corpus `seed` depends on these two numbers alone, so
 any order and any number of workers draws the same corpus.
 
@@ -237,7 +237,8 @@ def patch_labels(scene: Scene, size: int = 64, patch: int = 8, min_coverage: flo
         scene (`Scene`): The scene.
         size (`int`, *optional*, defaults to 64): Side of the picture in pixels.
         patch (`int`, *optional*, defaults to 8): Side of a patch in pixels.
-        min_coverage (`float`, *optional*, defaults to 0.25): A patch of which no object covers this share is background.
+        min_coverage (`float`, *optional*, defaults to 0.25):
+            A patch of which no object covers this share is background.
 
     Returns:
         `np.ndarray` of `int64`: Shape `(size // patch, size // patch, 2)`. The last axis holds the shape's and the
@@ -389,8 +390,8 @@ def is_held_out(metadata: Metadata) -> bool:
 
     Held out are the prompts that name one of the eight `HELD_OUT_COLOR_PAIRS`, and by task: of `two_object` and
     `position` the 8 of 56 ordered pairs of shapes in `HELD_OUT_TWO_OBJECT` and `HELD_OUT_POSITION` (subject first, all
-    four relations), of `color_attr` 15 % of its 3136 ordered pairs. The reversed pair stays in training: what is tested
-    is composition, not new words.
+    four relations), of `color_attr` 15 % of its 3136 ordered pairs. The reversed pair may stay in training: what is
+    tested is composition, not new words.
 
     Args:
         metadata (`dict`): Metadata as `make_metadata` gives it.
@@ -646,7 +647,7 @@ def sample_scene(
     """
     for task in tasks:
         _check("task", task, TASKS)
-    task = tasks[rng.integers(len(tasks))]
+    task = tasks[int(rng.integers(len(tasks)))]
     choices = _allowed_words(task, show_held_out)
     metadata = make_metadata(task, *choices[rng.integers(len(choices))])
     return scene_for(metadata, rng, show_held_out=show_held_out), metadata

@@ -1,8 +1,8 @@
 """Writes the shapes world to disk as a Hub dataset: WebDataset or parquet shards and a dataset card.
 
-The recipes read it like any streamed Hub dataset, so what they exercise is what a full-size run uses. The same arguments
-give the same bytes: no clock, user or host name enters a shard. Each file is written under a temporary name and renamed,
-the card last: a folder with a card is complete.
+The recipes read it like any streamed Hub dataset, so what they exercise is what a full-size run uses. The same
+arguments give the same bytes: no clock, user or host name enters a shard. Each file is written under a temporary name
+and renamed, the card last: a folder with a card is complete.
 """
 
 import io

@@ -48,7 +48,7 @@ POSITION_THRESHOLD = 0.1  # GenEval's: the share of both boxes' sides by which a
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found: class, box (left, top, right, bottom) in pixels, confidence, and colour where it was judged."""
+    """One object found: class, box (left, top, right, bottom) in pixels, confidence, and colour if it was judged."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -475,8 +475,8 @@ class ShapesReport:
 
     Args:
         tasks (`dict[str, Share]`): By task.
-        overall (`Mean`, *optional*): Plain mean of the six tasks, as GenEval reports it; `None` unless all six are there.
-        seen, held_out (`dict[str, Share]`): By task, the pictures whose prompt was allowed in, and held out of, training.
+        overall (`Mean`, *optional*): Plain mean of the six tasks, as GenEval reports it; `None` unless all are there.
+        seen, held_out (`dict[str, Share]`): By task, the pictures of prompts that training may, and may not, name.
         seen_mean, held_out_mean (`Mean`, *optional*):
             Plain means over the tasks that have pictures of both kinds, so that the two compare; `None` without any.
         pictures (`int`): Pictures scored.
@@ -529,8 +529,8 @@ def wilson_share(correct: int, total: int, confidence: float = 0.95) -> Share:
 def mean_of_shares(shares: dict[str, Share]) -> Mean:
     """
     Plain mean of the tasks' accuracies. Its interval recovers the tasks' variances from their Wilson limits (MOVER,
-    Zou and Donner 2008), so that it neither collapses where every picture is right nor leaves [0, 1]. Pictures count as
-    independent, although those of one prompt are alike.
+    Zou and Donner 2008), so that it neither collapses where every picture is right nor leaves [0, 1]. Pictures count
+    as independent, although those of one prompt are alike.
 
     Example:
 

@@ -180,7 +180,7 @@ def train(config: TrainingConfig) -> Path:
             trainer_state = {
                 "step": step,
                 "num_processes": accelerator.num_processes,
-                "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+                "scheduler": scheduler.state_dict(),
                 "config": config.to_dict(),
             }
             rank_state = {"loader": loader.state_dict(), "skipped": skipped}

@@ -1,0 +1,209 @@
+"""Runs: killed and resumed exactly, refused when they cannot be, and nothing half-written."""
+
+import json
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from iomm_hf import IOMMPipeline
+from iomm_hf.modeling_iomm import hash_weight_files
+from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
+from iomm_hf.training.checkpoints import list_checkpoints
+
+
+def same_state(first: Path, second: Path) -> bool:
+    """Whether two checkpoints agree bit for bit: weights, averages, optimizer, random states, data order."""
+    for name in ("trainable.safetensors", "ema.safetensors"):
+        one, two = load_file(first / "state" / name), load_file(second / "state" / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    one, two = (torch.load(path / "state" / "optimizer.bin", weights_only=True) for path in (first, second))
+    assert one["param_groups"] == two["param_groups"]
+    for key, state in one["state"].items():
+        assert all(torch.equal(state[name], two["state"][key][name]) for name in state)
+    one, two = (json.loads((path / "state" / "rank-0.json").read_text()) for path in (first, second))
+    assert one["loader"]["dataset_state"] == two["loader"]["dataset_state"] if "dataset_state" in one["loader"] else one == two
+    one, two = (json.loads((path / "state" / "trainer.json").read_text()) for path in (first, second))
+    return {k: v for k, v in one.items() if k != "config"} == {k: v for k, v in two.items() if k != "config"}
+
+
+@contextmanager
+def killed_in_step(number: int):
+    """Stops the run inside an optimizer step, as a signal would."""
+    calls = []
+    original = loop.update
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    loop.update = update
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        loop.update = original
+
+
+def rows(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_and_resumed_stage_1_equals_an_unbroken_run(settings, tmp_path, num_workers):
+    # 12 steps of 3 read 36 samples of 24: the runs cross an epoch.
+    settings |= {"num_workers": num_workers}
+    train(PretrainConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
+    with killed_in_step(7):
+        train(PretrainConfig(**settings))
+    assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-00000004"]
+    (Path(settings["output_dir"]) / ".writing-checkpoint-00000008").mkdir()  # a kill while saving leaves this
+    final = train(PretrainConfig(**settings))
+
+    names = ["checkpoint-00000008", "checkpoint-00000012"]
+    for run in (tmp_path / "unbroken", Path(settings["output_dir"])):
+        assert [path.name for path in list_checkpoints(run)] == names  # rotation kept two
+        assert not list(run.glob(".writing-*"))
+    for name in names:
+        assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
+    assert hash_weight_files(final / "transformer") == hash_weight_files(tmp_path / "unbroken/final/transformer")
+    losses = [[(row["step"], row["loss"]) for row in rows(run)] for run in (tmp_path / "unbroken", settings["output_dir"])]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [2, 4, 6, 8, 10, 12]
+
+
+def test_killed_and_resumed_stage_2_equals_an_unbroken_run(settings, parts, tmp_path):
+    settings |= {
+        "pairs": [{"path": str(parts / "pairs"), "caption_column": "json.prompt"}],
+        "gradient_accumulation": 2,
+        "max_steps": 8,
+        "gradient_checkpointing": True,
+        "condition_tokens": "all",
+        "connector_layers": 1,
+        "timestep_sampling": "logit_normal",
+    }
+    train(FinetuneConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
+    with killed_in_step(6):
+        train(FinetuneConfig(**settings))
+    train(FinetuneConfig(**settings))
+    name = "checkpoint-00000008"
+    assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
+
+
+def test_stage_2_starts_from_stage_1_and_frozen_parts_stay_the_same(settings, parts, tmp_path):
+    first = train(PretrainConfig(**settings | {"max_steps": 2}))
+    stage_2 = {key: value for key, value in settings.items() if key not in ("mllm", "vae")} | {
+        "output_dir": str(tmp_path / "stage2"),
+        "init_from": str(first),
+        "pairs": [{"path": str(parts / "pairs"), "caption_column": "json.prompt"}],
+        "max_steps": 4,
+        "validate_every": 2,
+        "validation_prompts": ["a red circle", "two stars", "a heart"],
+        "validation_steps": 2,
+    }
+    final = train(FinetuneConfig(**stage_2))
+    for part, folder in (("mllm", parts / "mllm"), ("vae", parts / "vae")):
+        assert hash_weight_files(tmp_path / "stage2" / "frozen" / part) == hash_weight_files(folder)
+    before, after = IOMMPipeline.from_pretrained(first), IOMMPipeline.from_pretrained(final)
+    changed = [
+        not torch.equal(value, after.transformer.state_dict()[name])
+        for name, value in before.transformer.state_dict().items()
+    ]
+    assert sum(changed) > 0.9 * len(changed)
+    assert not torch.equal(before.text_encoder.adapter.queries, after.text_encoder.adapter.queries)
+    for name, value in before.text_encoder.mllm.state_dict().items():
+        assert torch.equal(value, after.text_encoder.mllm.state_dict()[name])
+    assert Image.open(tmp_path / "stage2/samples/step-00000004.png").size == (3 * 64, 64)
+    assert after("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_checkpoints_are_pipelines_without_frozen_weights(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    checkpoint = list_checkpoints(Path(settings["output_dir"]))[-1]
+    assert not (checkpoint / "vae").exists()
+    names = load_file(checkpoint / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("adapter.") for name in names)
+    trainable = load_file(checkpoint / "state" / "trainable.safetensors")
+    assert all(name.startswith(("encoder.adapter.", "transformer.")) for name in trainable)
+    pipe = IOMMPipeline.from_pretrained(checkpoint)
+    averaged = load_file(checkpoint / "state" / "ema.safetensors")
+    assert all(torch.equal(value, averaged[f"transformer.{name}"]) for name, value in pipe.transformer.state_dict().items())
+    assert not any(torch.equal(trainable[name], averaged[name]) for name in ("encoder.adapter.queries",))
+
+
+def test_without_averaging_the_checkpoint_holds_the_weights_themselves(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4, "ema_decay": 0.0}))
+    checkpoint = list_checkpoints(Path(settings["output_dir"]))[-1]
+    assert not (checkpoint / "state" / "ema.safetensors").exists()
+    trainable = load_file(checkpoint / "state" / "trainable.safetensors")
+    pipe = IOMMPipeline.from_pretrained(checkpoint)
+    assert torch.equal(pipe.transformer.state_dict()["x_embedder.weight"], trainable["transformer.x_embedder.weight"])
+
+
+def test_resuming_with_other_settings_is_refused(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.01"):
+        train(PretrainConfig(**settings | {"learning_rate": 0.01}))
+    with pytest.raises(ValueError, match="resume it"):
+        train(PretrainConfig(**settings | {"resume": False}))
+    train(PretrainConfig(**settings | {"max_steps": 6, "log_every": 1}))  # longer and chattier is the same run
+    assert rows(settings["output_dir"])[-1]["step"] == 6
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the system refuses to write on, as a full disk does
+    try:
+        with pytest.raises(OSError, match="checkpoint-00000008.*Free some space"):
+            train(PretrainConfig(**settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run = Path(settings["output_dir"])
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-00000004", "final"]
+    train(PretrainConfig(**settings))
+    assert (run / "checkpoint-00000012").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
+    monkeypatch.setattr(loop.IOMMTrainingModule, "forward", lambda self, batch: self.encoder.adapter.queries.sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match="nan"):
+        train(PretrainConfig(**settings))
+    assert not list_checkpoints(Path(settings["output_dir"]))
+
+
+def test_bad_samples_are_skipped_and_counted(settings, parts, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64 + i, 70), (40 * i, 0, 90)).save(folder / f"{i}.png")
+    (folder / "text.png").write_text("not a picture")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    train(PretrainConfig(**settings | {"images": [str(folder)], "max_steps": 4}))
+    skipped = rows(settings["output_dir"])[-1]["skipped"]
+    assert sum(skipped.values()) >= 2 and len(skipped) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "huge"}, "'huge'"),
+        ({"mllm": None}, "no published mllm"),
+        ({"mllm": "/nowhere/mllm"}, "/nowhere/mllm"),
+        ({"resolution": 60}, "multiple of 8, got 60"),
+        ({"preset": "base"}, "width 1536"),
+        ({"images": ["/nowhere/images"]}, "/nowhere/images"),
+        ({"max_steps": 4, "init_from": "x"}, "brings its own mllm, vae"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_value(settings, change, message):
+    if change.get("preset") == "base":  # do not build 1.6 billion weights to see that they do not fit
+        pytest.skip("covered by test_setup")
+    with pytest.raises((ValueError, OSError), match=message):
+        train(PretrainConfig(**settings | change))
