@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` do everything on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a process: two busy processes of two threads each are slower than of one.
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help setup quickstart test test-slow lint format benchmark clean
+
+help:
+	@echo "make quickstart  set up, train both stages of a tiny IOMM (about ten minutes), draw pictures"
+	@echo "make test        set up and run the tests (under ten minutes on two cores)"
+	@echo "make test-slow   the longer checks as well"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       remove the environment and all outputs"
+
+$(BIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[train,eval,test]"
+	touch $@
+
+setup: $(BIN)/installed
+
+quickstart: setup
+	$(RUN) $(BIN)/python recipes/quickstart.py
+
+test: setup
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup
+	$(RUN) $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs
