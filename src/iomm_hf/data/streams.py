@@ -136,6 +136,8 @@ class SampleStream(IterableDataset):
             Index of this process.
         world_size (`int`, *optional*, defaults to 1):
             Number of processes.
+        max_caption_bytes (`int`, *optional*):
+            Length in UTF-8 above which a caption is skipped. A byte-level tokenizer never makes more tokens than bytes.
 
     Yields:
         `dict` with `key` (unique, and the same for any number of consumers), `origin` (where the sample lies, for
@@ -161,7 +163,14 @@ class SampleStream(IterableDataset):
     """
 
     def __init__(
-        self, source: SourceConfig, *, seed: int = 0, block_size: int = 1024, rank: int = 0, world_size: int = 1
+        self,
+        source: SourceConfig,
+        *,
+        seed: int = 0,
+        block_size: int = 1024,
+        rank: int = 0,
+        world_size: int = 1,
+        max_caption_bytes: int | None = None,
     ):
         if seed < 0 or block_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -169,7 +178,7 @@ class SampleStream(IterableDataset):
                 f"got seed={seed}, block_size={block_size}, rank={rank}, world_size={world_size}"
             )
         self.source, self.seed, self.block_size = source, seed, block_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.max_caption_bytes = rank, world_size, max_caption_bytes
         dataset, self.files = _open(source)
         present = dataset.column_names or []
         columns = [source.image_column or _find_image_column(source, dataset)]
@@ -291,6 +300,11 @@ class SampleStream(IterableDataset):
                 self._skip("bad_caption", raw.origin, message)
                 return None
             caption = caption.strip()
+            length = len(caption.encode(errors="replace"))
+            if self.max_caption_bytes is not None and length > self.max_caption_bytes:
+                message = f"{length} bytes, more than the {self.max_caption_bytes} that fit: {caption[:80]!r}..."
+                self._skip("long_caption", raw.origin, message)
+                return None
         try:
             image = load_image(raw.image, max_pixels=self.source.max_pixels, min_side=self.source.min_side)
         except BadImage as error:
@@ -316,6 +330,7 @@ class SampleStream(IterableDataset):
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "block_size": self.block_size,
+            "max_caption_bytes": self.max_caption_bytes,
             "consumer": consumer,
             "num_consumers": num_consumers,
         }
@@ -389,6 +404,7 @@ def build_stream(
     block_size: int = 1024,
     rank: int = 0,
     world_size: int = 1,
+    max_caption_bytes: int | None = None,
 ) -> MixedStream:
     """
     The data of a training stage: pictures alone (stage 1), pairs alone, or both (stage 2).
@@ -401,7 +417,7 @@ def build_stream(
         mix_ratio (`float`, *optional*):
             The paper's lambda: the share of image-only samples, 0 to 1. A group whose share is 0 is not opened. May
             be left out if only one group is given.
-        seed, block_size, rank, world_size:
+        seed, block_size, rank, world_size, max_caption_bytes:
             As for [`SampleStream`].
 
     Returns:
@@ -438,7 +454,15 @@ def build_stream(
             )
         total = sum(source.weight for source in sources)
         for source in sources:
-            streams.append(SampleStream(source, seed=seed, block_size=block_size, rank=rank, world_size=world_size))
+            stream = SampleStream(
+                source,
+                seed=seed,
+                block_size=block_size,
+                rank=rank,
+                world_size=world_size,
+                max_caption_bytes=max_caption_bytes,
+            )
+            streams.append(stream)
             weights.append(share * source.weight / total)
     return MixedStream(streams, weights, seed=seed)
 

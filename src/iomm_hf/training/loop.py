@@ -115,6 +115,7 @@ def train(config: TrainingConfig) -> Path:
         block_size=config.shuffle_block,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        max_caption_bytes=caption_room(pipeline),
     )
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
     loader = StatefulDataLoader(
@@ -257,6 +258,13 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
             + f"\nUse the same settings, or start a new output_dir with --init_from {newest}."
         )
     return newest
+
+
+def caption_room(pipeline: IOMMPipeline) -> int:
+    """Tokens that a caption may take beside its wording and the queries."""
+    wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
+    encoder_config = pipeline.text_encoder.config
+    return encoder_config.get_text_config().max_position_embeddings - encoder_config.num_queries - wording
 
 
 def keep_log_until(path: Path, step: int):

@@ -45,7 +45,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         given = [name for name in overridden if getattr(config, name) is not None]
         if given:
             raise ValueError(f"init_from={config.init_from!r} brings its own {', '.join(given)}; leave them out.")
-        pipeline = IOMMPipeline.from_pretrained(config.init_from, torch_dtype=torch.float32)
+        pipeline = IOMMPipeline.from_pretrained(config.init_from, dtype=torch.float32)
         pin_frozen(pipeline, Path(config.output_dir) / "frozen")
         return pipeline
 
@@ -88,7 +88,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         text_encoder=encoder,
         processor=processor,
         transformer=transformer,
-        vae=AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=preset.shift),
         vae_name_or_path=local_or_id(vae_name),
         vae_subfolder=vae_subfolder,
