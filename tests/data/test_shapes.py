@@ -255,7 +255,8 @@ def test_held_out_split_is_the_one_documented():
     ]
     assert sum(map(is_held_out, alone)) / len(alone) == pytest.approx(0.15, abs=0.015)
     assert is_held_out(make_metadata("color_attr", "blue", "diamond", "purple", "triangle"))
-    assert not is_held_out(make_metadata("color_attr", "red", "circle", "blue", "square"))
+    assert is_held_out(make_metadata("color_attr", "red", "circle", "blue", "square"))
+    assert not is_held_out(make_metadata("color_attr", "blue", "square", "red", "circle"))
 
 
 def test_captioned_scenes_never_hold_out_combinations():
@@ -287,7 +288,7 @@ def test_describe_counts_groups_and_relates():
         "two red stars and a blue star"
     )
     assert text(("red", "circle", 0.2, 0.5), ("blue", "star", 0.8, 0.5)) == "a red circle left of a blue star"
-    assert text(("red", "circle", 0.2, 0.2), ("blue", "square", 0.8, 0.8)) == "a red circle and a blue square"
+    assert text(("red", "circle", 0.2, 0.2), ("green", "square", 0.8, 0.8)) == "a red circle and a green square"
     # A held-out colour pair is named without colours, a held-out ordered pair the other way round.
     assert text(("yellow", "circle", 0.5, 0.5)) == "a circle"
     assert text(("red", "circle", 0.5, 0.2), ("yellow", "triangle", 0.5, 0.8)).startswith("a yellow triangle below")

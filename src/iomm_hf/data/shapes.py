@@ -128,7 +128,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     Example:
 
-    ```py
+    ```python
     >>> float(signed_distance("circle", np.array(0.0), np.array(0.0)))
     -1.0
     ```
@@ -206,7 +206,7 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
 
     Example:
 
-    ```py
+    ```python
     >>> scene, metadata = sample_scene(np.random.default_rng([0, 1]))
     >>> render(scene).shape
     (64, 64, 3)
@@ -249,7 +249,7 @@ def patch_labels(scene: Scene, size: int = 64, patch: int = 8, min_coverage: flo
 
     Example:
 
-    ```py
+    ```python
     >>> scene = scene_for(make_metadata("colors", "red", "circle"), np.random.default_rng(0))
     >>> sorted(set(patch_labels(scene)[..., 0].flatten().tolist()))
     [0, 1]
@@ -303,7 +303,7 @@ def make_metadata(task: str, *words: str) -> Metadata:
 
     Example:
 
-    ```py
+    ```python
     >>> make_metadata("position", "heart", "left of", "star")["prompt"]
     'a heart left of a star'
     >>> make_metadata("counting", "three", "cross")["exclude"]
@@ -404,7 +404,7 @@ def is_held_out(metadata: Metadata) -> bool:
 
     Example:
 
-    ```py
+    ```python
     >>> is_held_out(make_metadata("colors", "yellow", "circle"))
     True
     ```
@@ -444,7 +444,7 @@ def list_metadata(task: str, *, show_held_out: bool = True) -> list[Metadata]:
 
     Example:
 
-    ```py
+    ```python
     >>> len(list_metadata("two_object")), len(list_metadata("two_object", show_held_out=False))
     (56, 48)
     ```
@@ -473,7 +473,7 @@ def falsify(metadata: Metadata, rng: np.random.Generator, *, show_held_out: bool
 
     Example:
 
-    ```py
+    ```python
     >>> falsify(make_metadata("counting", "two", "star"), np.random.default_rng(0))["prompt"]
     'two diamonds'
     ```
@@ -579,7 +579,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator, *, show_held_out: bo
 
     Example:
 
-    ```py
+    ```python
     >>> scene = scene_for(make_metadata("counting", "three", "star"), np.random.default_rng(0))
     >>> [item.shape for item in scene.objects]
     ['star', 'star', 'star']
@@ -639,7 +639,7 @@ def sample_scene(
 
     Example:
 
-    ```py
+    ```python
     >>> scene, metadata = sample_scene(np.random.default_rng([0, 3]), tasks=("colors",))
     >>> metadata["tag"]
     'colors'
@@ -661,7 +661,7 @@ def corpus_scene(
 
     Example:
 
-    ```py
+    ```python
     >>> corpus_scene(0, 7) == corpus_scene(0, 7)
     True
     ```
@@ -678,7 +678,7 @@ def relation_between(subject: SceneObject, reference: SceneObject) -> str | None
 
     Example:
 
-    ```py
+    ```python
     >>> relation_between(SceneObject("star", "red", 0.2, 0.5, 0.1), SceneObject("ring", "red", 0.8, 0.5, 0.1))
     'left of'
     ```
@@ -702,7 +702,7 @@ def describe(scene: Scene) -> str:
 
     Example:
 
-    ```py
+    ```python
     >>> background = Background((250, 250, 250), (250, 250, 250), 0.0)
     >>> circle, star = SceneObject("circle", "red", 0.2, 0.5, 0.1), SceneObject("star", "blue", 0.8, 0.5, 0.1)
     >>> describe(Scene((circle, star), background))

@@ -129,7 +129,7 @@ def write_shards(
 
     Example:
 
-    ```py
+    ```python
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     [shard.name for shard in write_shards(folder, 10, samples_per_shard=5)]

@@ -117,11 +117,12 @@ class LocalHub:
 
     Example:
         ```py
-        >>> with LocalHub(tmp_path) as hub:
-        ...     hub.commit_files("user/model", {"config.json": b"{}"})
-        ...     subprocess.run([sys.executable, "client.py"], env=hub.environment(), check=True)
-        ...     assert ("GET", "/user/model/resolve/main/config.json") in hub.requests
-        ```
+        >>> import tempfile
+    >>> with LocalHub(tempfile.mkdtemp()) as hub:
+    ...     commit = hub.commit_files("user/model", {"config.json": b"{}"})
+    ...     hub.read("user/model", "config.json", revision=commit)
+    b'{}'
+    ```
     """
 
     def __init__(self, root: str | Path, user: str = "user", token: str = "hf_local"):
