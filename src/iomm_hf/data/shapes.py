@@ -475,7 +475,7 @@ def falsify(metadata: Metadata, rng: np.random.Generator, *, show_held_out: bool
 
     ```python
     >>> falsify(make_metadata("counting", "two", "star"), np.random.default_rng(0))["prompt"]
-    'two diamonds'
+    'two crosses'
     ```
     """
     task, include = metadata["tag"], metadata["include"]
