@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -42,9 +43,13 @@ from iomm_hf.evaluation.shapes import (
 NUM_SCENES = 150
 
 
+# Kept, because making the 3136 prompts of color_attr takes longer than judging a picture.
+prompts_of = lru_cache(list_metadata)
+
+
 def sample(task: str, index: int) -> tuple[dict, np.random.Generator]:
     rng = np.random.default_rng([17, TASKS.index(task), index])
-    prompts = list_metadata(task)
+    prompts = prompts_of(task)
     return prompts[rng.integers(len(prompts))], rng
 
 
@@ -105,7 +110,7 @@ def test_noise_and_blank_score_nothing():
 def test_coloured_clouds_score_next_to_nothing():
     # What a barely trained generator draws: blobs, of which now and then one is round.
     rng = np.random.default_rng(0)
-    prompts = [metadata for task in TASKS for metadata in list_metadata(task)[:24]]
+    prompts = [metadata for task in TASKS for metadata in prompts_of(task)[:24]]
     correct = 0
     for _ in range(40):
         clouds = ndimage.gaussian_filter(rng.normal(size=(64, 64, 3)), (3, 3, 0))

@@ -1,0 +1,147 @@
+"""Stage 0: trains a small autoencoder on pictures alone. At full size a published one is downloaded instead.
+
+    python recipes/train_autoencoder.py --images my_pictures/ --output_dir outputs/mine/vae --minutes 8
+
+It is convolutional, so random crops of half the side teach the same at a quarter of the cost. At the end the latents are
+scaled to mean 0 and deviation 1. Same seed and --max_steps, same weights; --minutes stops by the clock instead.
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+from trl import TrlParser
+
+from iomm_hf.data.images import resize_and_crop, to_tensor
+from iomm_hf.data.shapes import corpus_scene, render
+from iomm_hf.data.streams import build_stream
+from iomm_hf.evaluation.shapes import score_image
+from iomm_hf.tiny import tiny_vae
+from iomm_hf.training.checkpoints import whole_folder, write_json
+from iomm_hf.training.config import as_source
+from iomm_hf.training.stage0 import Budget
+
+
+@dataclass
+class AutoencoderConfig:
+    images: list[str] = field(default_factory=list, metadata={"help": "Sources of pictures; no text is read."})
+    output_dir: str = field(default="outputs/vae", metadata={"help": "Folder of the finished autoencoder."})
+    init_from: str | None = field(default=None, metadata={"help": "Autoencoder folder to go on from."})
+    resolution: int = field(default=64, metadata={"help": "Side that pictures are resized and cropped to, px."})
+    crop: int = field(default=32, metadata={"help": "Side of the training crops, px."})
+    num_pictures: int = field(default=8000, metadata={"help": "Most pictures to hold in memory."})
+    held_out: int = field(default=128, metadata={"help": "Further pictures, kept for the measurement."})
+    shapes: bool = field(default=False, metadata={"help": "Also score reconstructions of 200 scenes of the shapes world."})
+    batch_size: int = field(default=32, metadata={"help": "Crops a step."})
+    max_steps: int = field(default=100_000, metadata={"help": "Most steps."})
+    minutes: float | None = field(default=8.0, metadata={"help": "Time limit."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW."})
+    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL term."})
+    seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
+
+    def __post_init__(self):
+        self.images = [as_source(source) for source in self.images]
+        if not self.images:
+            raise ValueError("Give at least one source of pictures: --images FOLDER.")
+        if not 0 < self.crop <= self.resolution:
+            raise ValueError(f"crop must be between 1 and the resolution {self.resolution}, got {self.crop}.")
+
+
+def read_pictures(config: AutoencoderConfig) -> torch.Tensor:
+    """Up to `num_pictures + held_out` distinct pictures as uint8 (N, 3, resolution, resolution)."""
+    first_epoch = {}
+    wanted = config.num_pictures + config.held_out
+    for sample in tqdm(islice(build_stream(config.images, seed=config.seed), wanted), "Reading", total=wanted):
+        if sample["key"] in first_epoch:
+            break
+        first_epoch[sample["key"]] = to_tensor(resize_and_crop(sample["image"], config.resolution))
+    if len(first_epoch) <= config.held_out:
+        raise ValueError(f"Only {len(first_epoch)} pictures were found, {config.held_out} of them to be held out.")
+    return torch.stack(list(first_epoch.values()))
+
+
+def random_crops(pictures: torch.Tensor, config: AutoencoderConfig, rng: np.random.Generator) -> torch.Tensor:
+    """A batch (B, 3, crop, crop) in [-1, 1], cut and mirrored at random."""
+    room = config.resolution - config.crop + 1
+    batch = []
+    for index, y, x, mirror in zip(
+        rng.integers(len(pictures), size=config.batch_size),
+        rng.integers(room, size=config.batch_size),
+        rng.integers(room, size=config.batch_size),
+        rng.random(config.batch_size) < 0.5,
+        strict=True,
+    ):
+        crop = pictures[index, :, y : y + config.crop, x : x + config.crop]
+        batch.append(crop.flip(-1) if mirror else crop)
+    return torch.stack(batch) / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> uint8 of the same shape, through the posterior's mean."""
+    parts = [vae.decode(vae.encode(part / 127.5 - 1).latent_dist.mean).sample for part in pictures.split(64)]
+    return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor):
+    """Sets the scale and shift that give latents mean 0 and deviation 1, as diffusers' pipelines apply them."""
+    latents = torch.cat([vae.encode(part / 127.5 - 1).latent_dist.sample() for part in pictures.split(64)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+
+
+def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
+    error = (pictures.float() - others.float()).square().mean((1, 2, 3)).clamp(min=1e-6)
+    return (10 * torch.log10(255**2 / error)).mean().item()
+
+
+def share_still_right(vae: AutoencoderKL, count: int = 200) -> float:
+    """Share of fresh scenes whose reconstruction still shows its caption: a ceiling on everything behind it."""
+    scenes, wanted = zip(*(corpus_scene(10**6, index) for index in range(count)), strict=True)
+    pictures = torch.stack([torch.from_numpy(render(scene)).permute(2, 0, 1) for scene in scenes])
+    drawn = reconstruct(vae, pictures).permute(0, 2, 3, 1).numpy()
+    return sum(score_image(picture, metadata).correct for picture, metadata in zip(drawn, wanted, strict=True)) / count
+
+
+def main(config: AutoencoderConfig):
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    pictures = read_pictures(config)
+    held_out, pictures = pictures[: config.held_out], pictures[config.held_out :]
+    vae = tiny_vae(seed=config.seed) if config.init_from is None else AutoencoderKL.from_pretrained(config.init_from)
+    vae.train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    output = Path(config.output_dir)
+    log = output.with_name(f"{output.name}-log.jsonl")
+
+    budget = Budget(optimizer, config.max_steps, config.minutes, log, "Autoencoder")
+    for _ in budget:
+        batch = random_crops(pictures, config, rng)
+        posterior = vae.encode(batch).latent_dist
+        drawn = vae.decode(posterior.sample()).sample
+        budget.update(F.mse_loss(drawn, batch) + F.l1_loss(drawn, batch) + config.kl_weight * posterior.kl().mean())
+
+    vae.eval()
+    normalise_latents(vae, pictures[:512])
+    drawn = reconstruct(vae, held_out)
+    summary = {"held_out": len(held_out), "psnr": psnr(drawn, held_out), "steps": len(budget.losses)}
+    if config.shapes:
+        summary["shapes_still_right"] = share_still_right(vae)
+    with whole_folder(output, Accelerator(cpu=True)) as folder:
+        vae.save_pretrained(folder)
+        write_json(folder / "summary.json", summary)
+        shown = torch.cat([held_out[:8], drawn[:8]]).permute(0, 2, 3, 1).numpy()
+        make_image_grid([Image.fromarray(picture) for picture in shown], 2, 8).save(folder / "reconstructions.png")
+    print(f"{output}: {summary}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser(AutoencoderConfig, description=__doc__.splitlines()[0]).parse_args_and_config())
