@@ -1,7 +1,7 @@
 """Whether a checkpoint uses its conditions: held-out pictures' loss under their own and under another's.
 
-    python recipes/check_condition_use.py --checkpoint outputs/mine/final --images held_out_pictures/
-    python recipes/check_condition_use.py --config results/real-drawings/check-captions.yaml
+python recipes/check_condition_use.py --checkpoint outputs/mine/final --images held_out_pictures/
+python recipes/check_condition_use.py --config results/real-drawings/check-captions.yaml
 """
 
 from dataclasses import dataclass, field

@@ -58,10 +58,12 @@ def say(title: str, text: str):
     print(f"\n=== {title} ===\n{text}\n", flush=True)
 
 
-def run(script: str, *arguments: str, log: Path | None = None) -> subprocess.Popen:
-    """Starts a recipe; with `log` in the background, silently."""
+def run(script: str, *arguments: str, share: int = 1, log: Path | None = None) -> subprocess.Popen:
+    """Starts a recipe on a `share`-th of the cores; with `log` in the background, silently."""
     stream = None if log is None else log.open("w")
-    return subprocess.Popen([sys.executable, str(RECIPES / script), *arguments], stdout=stream, stderr=stream)
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // share))}
+    command = [sys.executable, str(RECIPES / script), *arguments]
+    return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
 
 
 def wait(process: subprocess.Popen, log: Path | None = None):
@@ -118,7 +120,6 @@ def score(pipe: IOMMPipeline, pictures_per_task: int) -> ShapesReport:
 
 def main(config: QuickstartConfig):
     started = time.monotonic()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -133,9 +134,9 @@ def main(config: QuickstartConfig):
     )
     minutes = str(config.stage0_minutes)
     log = folder / "mllm.log"
-    vision = run("warm_up_vision.py", "--output_dir", str(folder / "mllm"), "--minutes", minutes, log=log)
-    images = str(folder / "data/images")
-    wait(run("train_autoencoder.py", "--images", images, "--output_dir", str(folder / "vae"), "--minutes", minutes))
+    vision = run("warm_up_vision.py", "--output_dir", str(folder / "mllm"), "--minutes", minutes, share=2, log=log)
+    seeing = ["--images", str(folder / "data/images"), "--output_dir", str(folder / "vae"), "--shapes"]
+    wait(run("train_autoencoder.py", *seeing, "--minutes", minutes, share=2))
     print("Waiting for the MLLM ...", flush=True)
     wait(vision, log)
     print(log.read_text().strip().splitlines()[-1])

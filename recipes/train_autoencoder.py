@@ -39,7 +39,9 @@ class AutoencoderConfig:
     crop: int = field(default=32, metadata={"help": "Side of the training crops, px."})
     num_pictures: int = field(default=8000, metadata={"help": "Most pictures to hold in memory."})
     held_out: int = field(default=128, metadata={"help": "Further pictures, kept for the measurement."})
-    shapes: bool = field(default=False, metadata={"help": "Also score reconstructions of 200 scenes of the shapes world."})
+    shapes: bool = field(
+        default=False, metadata={"help": "Also score reconstructions of 200 scenes of the shapes world."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Crops a step."})
     max_steps: int = field(default=100_000, metadata={"help": "Most steps."})
     minutes: float | None = field(default=8.0, metadata={"help": "Time limit."})
@@ -48,7 +50,6 @@ class AutoencoderConfig:
     seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
 
     def __post_init__(self):
-        self.images = [as_source(source) for source in self.images]
         if not self.images:
             raise ValueError("Give at least one source of pictures: --images FOLDER.")
         if not 0 < self.crop <= self.resolution:
@@ -59,7 +60,11 @@ def read_pictures(config: AutoencoderConfig) -> torch.Tensor:
     """Up to `num_pictures + held_out` distinct pictures as uint8 (N, 3, resolution, resolution)."""
     first_epoch = {}
     wanted = config.num_pictures + config.held_out
-    for sample in tqdm(islice(build_stream(config.images, seed=config.seed), wanted), "Reading", total=wanted):
+    for sample in tqdm(
+        islice(build_stream([as_source(source) for source in config.images], seed=config.seed), wanted),
+        "Reading",
+        total=wanted,
+    ):
         if sample["key"] in first_epoch:
             break
         first_epoch[sample["key"]] = to_tensor(resize_and_crop(sample["image"], config.resolution))

@@ -19,13 +19,12 @@ def documented(module):
     """The module, its own functions and classes, and the methods of these."""
     yield module.__name__, module
     for name, thing in vars(module).items():
-        if inspect.isfunction(thing) or inspect.isclass(thing):
-            if thing.__module__ == module.__name__:
-                yield f"{module.__name__}.{name}", thing
-                if inspect.isclass(thing):
-                    for method, function in vars(thing).items():
-                        if inspect.isfunction(function):
-                            yield f"{module.__name__}.{name}.{method}", function
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__module__ != module.__name__:
+            continue
+        yield f"{module.__name__}.{name}", thing
+        for method, function in vars(thing).items():
+            if inspect.isclass(thing) and inspect.isfunction(function):
+                yield f"{module.__name__}.{name}.{method}", function
 
 
 def examples():

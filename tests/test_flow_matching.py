@@ -9,7 +9,10 @@ def test_path_runs_from_image_to_noise_at_constant_velocity():
     latents, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(interpolate(latents, noise, torch.zeros(2)), latents)
     assert torch.equal(interpolate(latents, noise, torch.ones(2)), noise)
-    early, late = interpolate(latents, noise, torch.full((2,), 0.2)), interpolate(latents, noise, torch.full((2,), 0.7))
+    early, late = (
+        interpolate(latents, noise, torch.full((2,), 0.2)),
+        interpolate(latents, noise, torch.full((2,), 0.7)),
+    )
     assert torch.allclose((late - early) / 0.5, velocity_target(latents, noise), atol=1e-5)
 
 

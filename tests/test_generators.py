@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, ZImagePipeline
-from diffusers import ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
 from iomm_hf import IOMMPipeline, predict_velocity
@@ -14,8 +19,15 @@ from iomm_hf.tiny import tiny_transformer, tiny_vae
 def tiny_z_image() -> ZImageTransformer2DModel:
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(
-        in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=128,
-        axes_dims=[8, 12, 12], axes_lens=[128, 64, 64],
+        in_channels=4,
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=128,
+        axes_dims=[8, 12, 12],
+        axes_lens=[128, 64, 64],
     ).eval()
     for parameter in model.parameters():  # its pad tokens start at zero; make every weight count
         nn.init.normal_(parameter, std=0.1)
@@ -104,7 +116,11 @@ def test_exact_velocity_samples_back_to_the_clean_latent(family, shift):
     pipe = IOMMPipeline(text_encoder=None, processor=None, transformer=generator, vae=tiny_vae(), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
-        prompt_embeds=torch.zeros(2, 3, 128), latents=noise, guidance_scale=1.0, num_inference_steps=7, output_type="latent"
+        prompt_embeds=torch.zeros(2, 3, 128),
+        latents=noise,
+        guidance_scale=1.0,
+        num_inference_steps=7,
+        output_type="latent",
     ).images
     assert (latents - clean).abs().max() < 1e-5
     assert len(generator.times) == 7
@@ -143,13 +159,26 @@ def test_agrees_with_diffusers_z_image_pipeline():
         pipe.set_progress_bar_config(disable=True)
     sigmas = torch.linspace(1, 1 / 5, 5).tolist()
     expected = theirs(
-        prompt_embeds=list(embeds), negative_prompt_embeds=list(negative), latents=noise.clone(), sigmas=sigmas,
-        num_inference_steps=5, guidance_scale=3.0, height=64, width=64, output_type="latent",
+        prompt_embeds=list(embeds),
+        negative_prompt_embeds=list(negative),
+        latents=noise.clone(),
+        sigmas=sigmas,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        height=64,
+        width=64,
+        output_type="latent",
     ).images
     # Z-Image counts guidance from the conditional branch: its scale is ours minus one.
     latents = ours(
-        prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise.clone(), num_inference_steps=5,
-        guidance_scale=4.0, height=64, width=64, output_type="latent",
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        latents=noise.clone(),
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+        output_type="latent",
     ).images
     assert (latents - noise).abs().max() > 0.1
     assert (latents - expected).abs().max() < 1e-4

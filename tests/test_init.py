@@ -7,7 +7,9 @@ import iomm_hf
 
 
 def test_import_is_lazy():
-    code = "import sys, iomm_hf; print([m for m in ('torch', 'transformers', 'diffusers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, iomm_hf; print([m for m in ('torch', 'transformers', 'diffusers', 'numpy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

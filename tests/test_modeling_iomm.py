@@ -63,7 +63,9 @@ def test_prefix_pass_equals_full_pass(processor, batch, image_mask, text_model, 
     text_config = mllm["text_config"] | {"model_type": text_model, "vocab_size": len(processor.tokenizer)}
     config = InternVLConfig(**mllm | {"text_config": text_config, "image_token_id": processor.image_token_id})
     torch.manual_seed(0)
-    encoder = IOMMConditionEncoder(IOMMConfig(mllm_config=config, num_queries=8, adapter_head_dim=32, connector_layers=1))
+    encoder = IOMMConditionEncoder(
+        IOMMConfig(mllm_config=config, num_queries=8, adapter_head_dim=32, connector_layers=1)
+    )
     encoder.train()
     if checkpointing:
         encoder.gradient_checkpointing_enable()
@@ -110,7 +112,9 @@ def test_dropped_tokens_leave_the_sequence_and_neighbours_keep_their_positions(m
     _, kept, kept_positions = encoder.embed(batch["input_ids"], attention_mask, batch["pixel_values"], image_mask)
     assert (kept.sum(-1) == (attention_mask & ~image_mask).sum(-1)).all()
     for row in range(len(kept)):
-        assert kept_positions[row, kept[row]].tolist() == positions[row, attention_mask[row] & ~image_mask[row]].tolist()
+        assert (
+            kept_positions[row, kept[row]].tolist() == positions[row, attention_mask[row] & ~image_mask[row]].tolist()
+        )
 
 
 def test_zero_mode_keeps_the_token_and_zeroes_it(make_encoder, batch, image_mask):
@@ -287,7 +291,13 @@ def test_bad_inputs_are_refused_with_the_numbers(make_encoder, batch, processor,
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("condition_tokens", "some"), ("mask_mode", "hide"), ("num_queries", 0), ("connector_layers", -1), ("adapter_head_dim", 100)],
+    [
+        ("condition_tokens", "some"),
+        ("mask_mode", "hide"),
+        ("num_queries", 0),
+        ("connector_layers", -1),
+        ("adapter_head_dim", 100),
+    ],
 )
 def test_config_refuses_what_it_does_not_know(processor, field, value):
     from iomm_hf.tiny import tiny_mllm_config

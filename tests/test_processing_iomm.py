@@ -18,7 +18,9 @@ START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_five_uses(processor, images):
-    assert text_of(processor, processor.text_to_image("a red circle")) == f"{START}Generate an image: a red circle{END}"
+    assert (
+        text_of(processor, processor.text_to_image("a red circle")) == f"{START}Generate an image: a red circle{END}"
+    )
     assert text_of(processor, processor.unconditional()) == f"{START}Generate an image.{END}"
     same = "Generate an image that is identical to the reference image:"
     assert text_of(processor, processor.image_only(images[0])) == f"{START}{same}{IMAGE}{END}"

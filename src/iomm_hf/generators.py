@@ -122,7 +122,9 @@ def flux_velocity(transformer, latents, timestep, condition, condition_mask, att
 
 def z_image_velocity(transformer, latents, timestep, condition, condition_mask, attention_kwargs) -> torch.Tensor:
     """Z-Image takes 1 - t, predicts x - z, and wants lists: images with a frame axis, conditions without padding."""
-    conditions = list(condition) if condition_mask is None else [c[m] for c, m in zip(condition, condition_mask, strict=True)]
+    conditions = (
+        list(condition) if condition_mask is None else [c[m] for c, m in zip(condition, condition_mask, strict=True)]
+    )
     velocity = transformer(
         list(latents.unsqueeze(2)),
         1 - timestep,

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class IOMMConfig(PreTrainedConfig):
     model_type = "iomm"
     sub_configs_defaults = {"mllm_config": SubConfigSpec(config_class=AutoConfig, model_type="internvl")}
 
-    mllm_config: dict | PreTrainedConfig | None = None
+    mllm_config: Any = None  # `SubConfigSpec` makes it a config
     num_queries: int = 256
     adapter_head_dim: int = 128
     condition_tokens: Literal["queries", "all"] = "queries"
@@ -114,8 +114,8 @@ class IOMMConditionOutput(ModelOutput):
         False on rows that are padding. `None` where every row is valid, as always with `condition_tokens="queries"`.
     """
 
-    condition: torch.FloatTensor | None = None
-    condition_mask: torch.BoolTensor | None = None
+    condition: torch.Tensor | None = None
+    condition_mask: torch.Tensor | None = None
 
 
 class IOMMAttention(nn.Module):
@@ -534,7 +534,9 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         level = report.level
         report.setLevel(logging.ERROR)  # it would call a left-out MLLM newly initialised; what is missing raises below
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         finally:
             report.setLevel(level)
         missing = set(info["missing_keys"])
@@ -556,7 +558,9 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     def _load_frozen(self):
         config = self.config
         if config.mllm_name_or_path is None:
-            raise OSError("This checkpoint holds no MLLM weights and its config no mllm_name_or_path to load them from.")
+            raise OSError(
+                "This checkpoint holds no MLLM weights and its config no mllm_name_or_path to load them from."
+            )
         folder = resolve_frozen(config.mllm_name_or_path, config.mllm_revision)
         if config.mllm_hash is not None and hash_weight_files(folder) != config.mllm_hash:
             raise OSError(
@@ -581,7 +585,9 @@ def load_mllm(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrain
     )
     missing = set(info["missing_keys"]) - set(mllm.all_tied_weights_keys)
     if missing:
-        raise OSError(f"The MLLM in {folder} is incomplete: {len(missing)} weights are missing: {sorted(missing)[:3]}.")
+        raise OSError(
+            f"The MLLM in {folder} is incomplete: {len(missing)} weights are missing: {sorted(missing)[:3]}."
+        )
     return mllm.eval().requires_grad_(False)
 
 

@@ -120,7 +120,7 @@ class IOMMPipeline(DiffusionPipeline):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             images = [image] if isinstance(image, Image.Image) else image
             if images is None:
-                conversations = [self.processor.text_to_image(text) for text in prompts]
+                conversations = [self.processor.text_to_image(text) for text in prompts or []]
             elif prompts is None:
                 conversations = [self.processor.image_only(picture) for picture in images]
             else:
@@ -142,7 +142,7 @@ class IOMMPipeline(DiffusionPipeline):
                 if negative_prompt_embeds_mask is not None:
                     negative_prompt_embeds_mask = negative_prompt_embeds_mask.expand(batch_size, -1)
 
-        def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def repeat(tensor: Any) -> Any:
             return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
 
         if not do_classifier_free_guidance:
@@ -211,9 +211,9 @@ class IOMMPipeline(DiffusionPipeline):
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("`negative_prompt_embeds` replace `negative_prompt`: give one or the other.")
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None and not isinstance(value, str):
-                if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-                    raise ValueError(f"`{name}` must be a str or a non-empty list of str, got {value!r}.")
+            is_list = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+            if value is not None and not isinstance(value, str) and not is_list:
+                raise ValueError(f"`{name}` must be a str or a non-empty list of str, got {value!r}.")
         images = [image] if isinstance(image, Image.Image) else image
         if images is not None and (
             not isinstance(images, list) or not images or not all(isinstance(item, Image.Image) for item in images)
@@ -359,14 +359,15 @@ class IOMMPipeline(DiffusionPipeline):
         # 2. Noise and steps
         latents = self.prepare_latents(batch_size, height, width, torch.float32, device, generator, latents)
         # Without explicit sigmas the scheduler would spend its last step at 0.001 and apply its shift twice.
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if sigmas is None else sigmas
-        self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        if sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
 
         # 3. Both branches of guidance run as one batch, conditional first.
         condition, condition_mask = prompt_embeds, prompt_embeds_mask
-        if self.do_classifier_free_guidance:
+        if negative_prompt_embeds is not None:
             condition, condition_mask = join_conditions(
                 prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
             )
@@ -454,7 +455,9 @@ class IOMMPipeline(DiffusionPipeline):
                     f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
                     f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
                 )
-            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=kwargs.get("torch_dtype"))
+            kwargs["vae"] = AutoencoderKL.from_pretrained(
+                vae_folder, dtype=kwargs.get("dtype") or kwargs.get("torch_dtype")
+            )
         return super().from_pretrained(folder, **kwargs)
 
     @classmethod

@@ -20,7 +20,7 @@ class Preset:
         transformer_config (`dict`): Its configuration.
         condition_config (`dict`): Fields of [`IOMMConfig`] beside the MLLM's.
         mllm (`str`, *optional*): Hub id of the frozen MLLM; `None` where it is made from `mllm_config`.
-        mllm_config (`dict`, *optional*): `InternVLConfig` of a MLLM made from nothing.
+        mllm_config (`dict`, *optional*): `InternVLConfig` of an MLLM made from nothing.
         vae (`str`, *optional*): Hub id of the frozen autoencoder; `None` where it is made from `vae_config`.
         vae_subfolder (`str`, *optional*): Its folder in that repository.
         vae_config (`dict`, *optional*): `AutoencoderKL` configuration.
@@ -34,10 +34,10 @@ class Preset:
     transformer_config: dict[str, Any]
     condition_config: dict[str, Any] = field(default_factory=dict)
     mllm: str | None = None
-    mllm_config: dict[str, Any] | None = None
+    mllm_config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
     vae_subfolder: str | None = None
-    vae_config: dict[str, Any] | None = None
+    vae_config: dict[str, Any] = field(default_factory=dict)
     resolution: int = 512
     mask_ratio: float = 0.85
     shift: float = 3.0

@@ -72,9 +72,7 @@ class IOMMProcessor(ProcessorMixin):
         self.unconditional_prompt = unconditional_prompt
         self.image_only_prompt = image_only_prompt
         self.edit_template = edit_template
-        missing = {"start_image_token", "end_image_token", "context_image_token"} - set(
-            tokenizer.special_tokens_map
-        )
+        missing = {"start_image_token", "end_image_token", "context_image_token"} - set(tokenizer.special_tokens_map)
         if missing:
             raise ValueError(f"The tokenizer lacks InternVL's {sorted(missing)}; load it from an InternVL repository.")
         self.image_token = tokenizer.context_image_token

@@ -95,7 +95,9 @@ def tiny_mllm_config(processor: IOMMProcessor, preset: Preset = PRESETS["tiny"])
     )
 
 
-def tiny_encoder(processor: IOMMProcessor, preset: Preset = PRESETS["tiny"], seed: int = 0, **config) -> IOMMConditionEncoder:
+def tiny_encoder(
+    processor: IOMMProcessor, preset: Preset = PRESETS["tiny"], seed: int = 0, **config
+) -> IOMMConditionEncoder:
     """A condition encoder with random weights; `config` overrides fields of [`IOMMConfig`]."""
     config = IOMMConfig(mllm_config=tiny_mllm_config(processor, preset), **preset.condition_config | config)
     with seeded(seed):

@@ -30,7 +30,11 @@ def same_state(first: Path, second: Path) -> bool:
     for key, state in one["state"].items():
         assert all(torch.equal(state[name], two["state"][key][name]) for name in state)
     one, two = (json.loads((path / "state" / "rank-0.json").read_text()) for path in (first, second))
-    assert one["loader"]["dataset_state"] == two["loader"]["dataset_state"] if "dataset_state" in one["loader"] else one == two
+    assert (
+        one["loader"]["dataset_state"] == two["loader"]["dataset_state"]
+        if "dataset_state" in one["loader"]
+        else one == two
+    )
     one, two = (json.loads((path / "state" / "trainer.json").read_text()) for path in (first, second))
     return {k: v for k, v in one.items() if k != "config"} == {k: v for k, v in two.items() if k != "config"}
 
@@ -77,7 +81,9 @@ def test_killed_and_resumed_stage_1_equals_an_unbroken_run(settings, tmp_path, n
     for name in names:
         assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
     assert hash_weight_files(final / "transformer") == hash_weight_files(tmp_path / "unbroken/final/transformer")
-    losses = [[(row["step"], row["loss"]) for row in rows(run)] for run in (tmp_path / "unbroken", settings["output_dir"])]
+    losses = [
+        [(row["step"], row["loss"]) for row in rows(run)] for run in (tmp_path / "unbroken", settings["output_dir"])
+    ]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [2, 4, 6, 8, 10, 12]
 
 
@@ -136,7 +142,9 @@ def test_checkpoints_are_pipelines_without_frozen_weights(settings):
     assert all(name.startswith(("encoder.adapter.", "transformer.")) for name in trainable)
     pipe = IOMMPipeline.from_pretrained(checkpoint)
     averaged = load_file(checkpoint / "state" / "ema.safetensors")
-    assert all(torch.equal(value, averaged[f"transformer.{name}"]) for name, value in pipe.transformer.state_dict().items())
+    assert all(
+        torch.equal(value, averaged[f"transformer.{name}"]) for name, value in pipe.transformer.state_dict().items()
+    )
     assert not any(torch.equal(trainable[name], averaged[name]) for name in ("encoder.adapter.queries",))
 
 
@@ -157,6 +165,7 @@ def test_resuming_with_other_settings_is_refused(settings):
         train(PretrainConfig(**settings | {"resume": False}))
     train(PretrainConfig(**settings | {"max_steps": 6, "log_every": 1}))  # longer and chattier is the same run
     assert rows(settings["output_dir"])[-1]["step"] == 6
+    assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(settings):
@@ -175,7 +184,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(settings):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    monkeypatch.setattr(loop.IOMMTrainingModule, "forward", lambda self, batch: self.encoder.adapter.queries.sum() * float("nan"))
+    monkeypatch.setattr(
+        loop.IOMMTrainingModule, "forward", lambda self, batch: self.encoder.adapter.queries.sum() * float("nan")
+    )
     with pytest.raises(FloatingPointError, match="nan"):
         train(PretrainConfig(**settings))
     assert not list_checkpoints(Path(settings["output_dir"]))

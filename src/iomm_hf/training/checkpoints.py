@@ -109,7 +109,9 @@ def keep_frozen_out(accelerator: Accelerator, module: IOMMTrainingModule):
 def load_tensors(targets: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]):
     """Copies tensors by name; both sides must have the same names."""
     if targets.keys() != saved.keys():
-        raise ValueError(f"The saved state does not fit this model: {sorted(targets.keys() ^ saved.keys())[:4]} differ.")
+        raise ValueError(
+            f"The saved state does not fit this model: {sorted(targets.keys() ^ saved.keys())[:4]} differ."
+        )
     for name, target in targets.items():
         target.copy_(saved[name])
 
@@ -133,7 +135,9 @@ def save_checkpoint(
         write_json(state / f"rank-{accelerator.process_index}.json", rank_state)
         if accelerator.is_main_process:
             if ema is not None:
-                save_file(dict(zip(module.trainable_state(), ema.shadow_params, strict=True)), state / "ema.safetensors")
+                save_file(
+                    dict(zip(module.trainable_state(), ema.shadow_params, strict=True)), state / "ema.safetensors"
+                )
                 trainer_state = trainer_state | {"ema_steps": ema.optimization_step}
             write_json(state / "trainer.json", trainer_state)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..data.streams import SourceConfig
+from ..flow_matching import TimestepSampling
 
 
 # May change between the parts of one run: they decide when it stops and what it shows, not what it computes.
@@ -48,7 +49,9 @@ class TrainingConfig:
     vae: str | None = setting(None, "Frozen autoencoder: folder or Hub id. Default: the preset's.")
     vae_subfolder: str | None = setting(None, "Its folder inside `vae`.")
     vae_revision: str | None = setting(None, "Revision of `vae`.")
-    condition_tokens: str | None = setting(None, "Rows that the generator sees: queries or all. Default: the preset's.")
+    condition_tokens: str | None = setting(
+        None, "Rows that the generator sees: queries or all. Default: the preset's."
+    )
     mask_mode: str | None = setting(None, "What becomes of masked image tokens: drop or zero. Default: the preset's.")
     connector_layers: int | None = setting(None, "Bidirectional layers behind the MLLM. Default: the preset's.")
 
@@ -56,14 +59,16 @@ class TrainingConfig:
     images: list[str] = setting([], "Sources of pictures without text.")
     pairs: list[str] = setting([], "Sources of pictures with text; each needs a caption_column.")
     mix_ratio: float = setting(1.0, "Share of image-only samples (the paper's lambda); the others are pairs.")
-    resolution: int | None = setting(None, "Side of the pictures, px: shorter edge resized, centre cropped. Default: the preset's.")
+    resolution: int | None = setting(
+        None, "Side of the pictures, px: shorter edge resized, centre cropped. Default: the preset's."
+    )
     shuffle_block: int = setting(1024, "Samples read and shuffled at a time (our choice).")
     num_workers: int = setting(2, "Loader processes a rank.")
     condition_dropout: float = setting(0.1, "Share of samples trained without condition, for guidance (our choice).")
 
     # Objective
     mask_ratio: float | None = setting(None, "Share r of image tokens hidden, in [0, 1). Default: the preset's.")
-    timestep_sampling: str = setting("uniform", "Law of t: uniform (paper) or logit_normal.")
+    timestep_sampling: TimestepSampling = setting("uniform", "Law of t: uniform (paper) or logit_normal.")
     timestep_shift: float = setting(1.0, "Moves training times towards noise; 1 leaves them (paper).")
 
     # Optimisation
@@ -94,8 +99,7 @@ class TrainingConfig:
     tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, ... or none.")
 
     def __post_init__(self):
-        self.images = [as_source(source) for source in self.images]
-        self.pairs = [as_source(source) for source in self.pairs]
+        _ = self.image_sources, self.paired_sources  # refuses bad ones at once
         positive = ("batch_size", "gradient_accumulation", "max_steps", "learning_rate", "max_grad_norm", "save_every")
         for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block"):
             if getattr(self, name) <= 0:
@@ -110,6 +114,14 @@ class TrainingConfig:
             raise ValueError(f"mix_ratio must be in [0, 1], got {self.mix_ratio}.")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
+
+    @property
+    def image_sources(self) -> list[SourceConfig]:
+        return [as_source(source) for source in self.images]
+
+    @property
+    def paired_sources(self) -> list[SourceConfig]:
+        return [as_source(source) for source in self.pairs]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,13 +146,17 @@ class PretrainConfig(TrainingConfig):
 class FinetuneConfig(TrainingConfig):
     """Stage 2: pairs and pictures, mixed."""
 
-    batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 256 (512 px), 96 (1024 px).")
+    batch_size: int = setting(
+        16, "Samples a rank and forward pass. The paper's global batch: 256 (512 px), 96 (1024 px)."
+    )
     mix_ratio: float = setting(0.5, "Share of image-only samples (the paper's lambda); the others are pairs.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.mix_ratio < 1 and not self.pairs:
-            raise ValueError(f"mix_ratio={self.mix_ratio} needs pairs: --pairs in the YAML file, with a caption_column.")
+            raise ValueError(
+                f"mix_ratio={self.mix_ratio} needs pairs: --pairs in the YAML file, with a caption_column."
+            )
         if self.mix_ratio > 0 and not self.images:
             raise ValueError(f"mix_ratio={self.mix_ratio} needs pictures without text: --images FOLDER.")
 

@@ -101,15 +101,20 @@ def train(config: TrainingConfig) -> Path:
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
-    scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.max_steps,
+    )
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     keep_frozen_out(accelerator, module)
     ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     # 2. Data: every rank reads its own share, so Accelerate need not split or dispatch.
     stream = build_stream(
-        config.images,
-        config.pairs,
+        config.image_sources,
+        config.paired_sources,
         config.mix_ratio,
         seed=config.seed,
         block_size=config.shuffle_block,
@@ -123,7 +128,8 @@ def train(config: TrainingConfig) -> Path:
     )
 
     # 3. Resume
-    step, skipped = 0, Counter()
+    step = 0
+    skipped: Counter[str] = Counter()
     if checkpoint is not None:
         rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
         loader.load_state_dict(rank_state["loader"])
@@ -156,7 +162,9 @@ def train(config: TrainingConfig) -> Path:
             row = {
                 "step": step,
                 "images": step * images_per_step,
-                "loss": accelerator.reduce(torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean").item(),
+                "loss": accelerator.reduce(
+                    torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean"
+                ).item(),
                 "grad_norm": grad_norm,
                 "learning_rate": scheduler.get_last_lr()[0],
                 "images_per_second": len(recent) * images_per_step / (now - clock),
@@ -269,7 +277,9 @@ def caption_room(pipeline: IOMMPipeline) -> int:
 
 def keep_log_until(path: Path, step: int):
     """Drops the log's lines behind `step`: a resumed run writes them again."""
-    rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+    rows = (
+        [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+    )
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.write_text("".join(row + "\n" for row in rows))
     temporary.replace(path)
@@ -287,14 +297,19 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_validation(
-    config: TrainingConfig, pipeline: IOMMPipeline, accelerator: Accelerator, output_dir: Path, step: int, resolution: int
+    config: TrainingConfig,
+    pipeline: IOMMPipeline,
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    resolution: int,
 ):
     """Draws the validation prompts, each from its own fixed noise, into `samples/` and the trackers."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.eval()
     pipeline.transformer.eval()
     prompts = config.validation_prompts
-    images = pipeline(
+    images = pipeline(  # type: ignore[union-attr]  # return_dict is on
         prompts,
         height=resolution,
         width=resolution,

@@ -51,12 +51,12 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
 
     preset = get_preset(config.preset)
     mllm_name, vae_name = config.mllm or preset.mllm, config.vae or preset.vae
-    for name, value in (("mllm", mllm_name), ("vae", vae_name)):
-        if value is None:
-            raise ValueError(
-                f"Preset {config.preset!r} has no published {name}; give the one to use with --{name} FOLDER"
-                " (`make quickstart` makes both for `tiny`)."
-            )
+    if mllm_name is None or vae_name is None:
+        missing = "mllm" if mllm_name is None else "vae"
+        raise ValueError(
+            f"Preset {config.preset!r} has no published {missing}; give the one to use with --{missing} FOLDER"
+            " (`make quickstart` makes both for `tiny`)."
+        )
     vae_subfolder = config.vae_subfolder if config.vae else preset.vae_subfolder
     mllm_folder = resolve_frozen(mllm_name, config.mllm_revision)
     vae_folder = resolve_frozen(vae_name, config.vae_revision, vae_subfolder)

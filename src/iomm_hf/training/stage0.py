@@ -45,7 +45,9 @@ class Budget:
 
     def __iter__(self) -> Iterator[int]:
         started = time.monotonic()
-        bar = tqdm(total=100, desc=self.title, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+        bar = tqdm(
+            total=100, desc=self.title, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        )
         for step in range(self.max_steps):
             seconds = time.monotonic() - started
             done = max(step / self.max_steps, seconds / (60 * self.minutes) if self.minutes is not None else 0.0)
