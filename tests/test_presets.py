@@ -1,6 +1,8 @@
 import pytest
+import torch
+from transformers import InternVLConfig
 
-from iomm_hf import get_preset
+from iomm_hf import IOMMConditionEncoder, IOMMConfig, get_preset
 from iomm_hf.presets import PRESETS, build_transformer
 from iomm_hf.tiny import tiny_pipeline
 
@@ -28,3 +30,30 @@ def test_tiny_fits_into_twenty_megabytes_of_fp16():
 def test_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'huge'.*tiny, base, large, xl"):
         get_preset("huge")
+
+
+def test_an_encoder_on_internvl3_2b_has_the_papers_parts():
+    """The sizes of OpenGVLab/InternVL3-2B-hf (ViT 0.30B, LM 1.54B, D = 1536), counted without memory."""
+    mllm_config = InternVLConfig(
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 1536,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8960,
+            "vocab_size": 151674,
+            "tie_word_embeddings": True,
+        },
+        vision_config={"attention_bias": True},
+    )
+    with torch.device("meta"):
+        encoder = IOMMConditionEncoder(IOMMConfig(mllm_config=mllm_config))
+
+    def count(module) -> float:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert count(encoder.adapter) == 28_718_592
+    assert count(encoder.mllm.model.language_model) == pytest.approx(1.54e9, rel=0.01)
+    assert count(encoder.mllm.model.vision_tower) == pytest.approx(0.30e9, rel=0.02)
+    assert {p.requires_grad for p in encoder.mllm.parameters()} == {False}

@@ -506,7 +506,15 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         """The frozen MLLM's own `generate`: captions and answers are exactly those it gave before any training."""
         return self.mllm.generate(*args, **kwargs)
 
-    def save_pretrained(self, save_directory, include_frozen: bool = True, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        include_frozen: bool = True,
+        state_dict: dict | None = None,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        **kwargs,
+    ):
         r"""
         Writes the encoder. With `include_frozen=False` the MLLM's weights stay out, and loading fetches them from
         `config.mllm_name_or_path`.
@@ -519,7 +527,10 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
             if self.config.mllm_name_or_path is None:
                 raise ValueError("include_frozen=False needs config.mllm_name_or_path, from which to load the MLLM.")
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith("mllm.")}
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        # diffusers passes the last two on only to methods that name them.
+        super().save_pretrained(
+            save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, **kwargs
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
