@@ -32,7 +32,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
 
-FROZEN_FILES = ["*.json", "*.safetensors"]
+FROZEN_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # weights, settings, tokenizer
 
 
 @strict
