@@ -8,18 +8,13 @@ hours is cut to minutes, so the pictures are rough: look at how they change from
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -27,10 +22,12 @@ from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.shapes_writer import write_shards
+from iomm_hf.evaluation.figures import draw_sheet, plot_losses
 from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, benchmark_prompts, score_pictures
 
 
 RECIPES = Path(__file__).parent
+FOLDER = Path("outputs/quickstart")  # the two YAML files name it too
 TASKS = ("single_object", "colors")  # one object a scene: the other four tasks take longer than ten minutes
 PROMPTS = [
     "a red circle",
@@ -46,9 +43,6 @@ PROMPTS = [
 
 @dataclass
 class QuickstartConfig:
-    output_dir: str = field(
-        default="outputs/quickstart", metadata={"help": "Folder of everything; the two YAML files name it too."}
-    )
     stage0_minutes: float = field(default=2.5, metadata={"help": "Minutes for autoencoder and MLLM, side by side."})
     num_images: int = field(default=8000, metadata={"help": "Unlabelled pictures to draw."})
     num_pairs: int = field(default=2000, metadata={"help": "Pairs of picture and caption to draw."})
@@ -83,35 +77,6 @@ def draw(pipe: IOMMPipeline, prompts: list[str], seeds: list[int], steps: int = 
     return images
 
 
-def draw_sheet(rows: dict[str, list[Image.Image]], path: Path):
-    """One row a stage, one column a prompt."""
-    figure, axes = plt.subplots(len(rows), len(PROMPTS), figsize=(1.7 * len(PROMPTS), 2.0 * len(rows)), squeeze=False)
-    for number, (row, (title, images)) in enumerate(zip(axes, rows.items(), strict=True)):
-        for axis, image, prompt in zip(row, images, PROMPTS, strict=True):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if number == 0:
-                axis.set_title(prompt, fontsize=8)
-        row[0].set_ylabel(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_losses(stages: dict[str, Path], path: Path):
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    for title, folder in stages.items():
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        axis.plot([row["images"] for row in rows], [row["loss"] for row in rows], label=title)
-    axis.set(xlabel="pictures seen in the stage", ylabel="flow-matching loss", ylim=(0, None))
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def score(pipe: IOMMPipeline, pictures_per_task: int) -> ShapesReport:
     plan = benchmark_plan(benchmark_prompts(TASKS), pictures_per_task=pictures_per_task)
     prompts, seeds = [picture.metadata["prompt"] for picture in plan], [picture.seed for picture in plan]
@@ -121,8 +86,11 @@ def score(pipe: IOMMPipeline, pictures_per_task: int) -> ShapesReport:
 
 def main(config: QuickstartConfig):
     started = time.monotonic()
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = FOLDER
+    if folder.exists():
+        print(f"Removing the last quickstart in {folder}.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
     say("1/5 Data", "Drawing pictures of coloured shapes: most have no text at all, a few have a caption.")
     write_shards(folder / "data/images", config.num_images, captions=False, samples_per_shard=1000, tasks=TASKS)
@@ -135,7 +103,17 @@ def main(config: QuickstartConfig):
     )
     minutes = str(config.stage0_minutes)
     log = folder / "mllm.log"
-    vision = run("warm_up_vision.py", "--output_dir", str(folder / "mllm"), "--minutes", minutes, share=2, log=log)
+    vision = run(
+        "warm_up_vision.py",
+        "--output_dir",
+        str(folder / "mllm"),
+        "--minutes",
+        minutes,
+        "--tasks",
+        *TASKS,
+        share=2,
+        log=log,
+    )
     seeing = ["--images", str(folder / "data/images"), "--output_dir", str(folder / "vae"), "--shapes"]
     wait(run("train_autoencoder.py", *seeing, "--minutes", minutes, share=2))
     print("Waiting for the MLLM ...", flush=True)
@@ -162,7 +140,7 @@ def main(config: QuickstartConfig):
     torch.manual_seed(0)
     untrained.transformer = type(pipe.transformer)(**dict(pipe.transformer.config))
     sheet = {"untrained": draw(untrained, PROMPTS, seeds), "after stage 1": after_1, "after stage 2": after_2}
-    draw_sheet(sheet, folder / "sheet.png")
+    draw_sheet(sheet, PROMPTS, folder / "sheet.png")
     plot_losses({"stage 1": folder / "stage1", "stage 2": folder / "stage2"}, folder / "loss.png")
     report = score(pipe, config.pictures_per_task)
     (folder / "score.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from iomm_hf.data.shapes import COLORS, SHAPES, Scene, corpus_scene, describe, patch_labels, render
+from iomm_hf.data.shapes import COLORS, SHAPES, TASKS, Scene, corpus_scene, describe, patch_labels, render
 from iomm_hf.modeling_iomm import load_mllm
 from iomm_hf.processing_iomm import IOMMProcessor
 from iomm_hf.tiny import tiny_encoder, tiny_processor
@@ -37,6 +37,9 @@ class VisionConfig:
         default="outputs/mllm", metadata={"help": "Folder of the finished MLLM, in InternVL's layout."}
     )
     init_from: str | None = field(default=None, metadata={"help": "MLLM folder to go on from."})
+    tasks: list[str] = field(
+        default_factory=lambda: list(TASKS), metadata={"help": "Kinds of scenes; see recipes/make_shapes.py."}
+    )
     num_scenes: int = field(default=8000, metadata={"help": "Scenes to learn from, drawn once."})
     held_out: int = field(default=256, metadata={"help": "Further scenes, kept for the measurement."})
     batch_size: int = field(default=32, metadata={"help": "Scenes a step."})
@@ -142,7 +145,12 @@ def main(config: VisionConfig):
     rng = np.random.default_rng(config.seed)
     vision = mllm.config.vision_config
     corpus, held_out = (
-        Corpus([corpus_scene(seed, i)[0] for i in range(count)], processor, vision.image_size[0], vision.patch_size[0])
+        Corpus(
+            [corpus_scene(seed, i, tasks=config.tasks)[0] for i in range(count)],
+            processor,
+            vision.image_size[0],
+            vision.patch_size[0],
+        )
         for seed, count in ((config.seed, config.num_scenes), (10**6, config.held_out))
     )
     labeller = PatchLabeller(mllm.model.vision_tower)

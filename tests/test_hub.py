@@ -131,7 +131,12 @@ def test_a_run_on_hub_ids_records_revisions_resumes_and_its_checkpoint_refers_to
     # Another repository under the same name, or none, is an error that names what is wanted.
     config = final / "text_encoder/config.json"
     config.write_text(json.dumps(encoder | {"mllm_revision": "main"}))
-    client(hub.environment(tmp_path / "fresh"), load, str(final), fails_with="not the one that this checkpoint was trained")
+    client(
+        hub.environment(tmp_path / "fresh"),
+        load,
+        str(final),
+        fails_with="not the one that this checkpoint was trained",
+    )
     config.write_text(json.dumps(encoder | {"mllm_name_or_path": "user/gone", "mllm_revision": None}))
     client(hub.environment(tmp_path / "fresh"), load, str(final), fails_with="The frozen weights 'user/gone'")
 

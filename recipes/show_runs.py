@@ -1,0 +1,61 @@
+"""Loss curves of runs, and sheets of what they draw: from prompts, and from reference pictures.
+
+    python recipes/show_runs.py --runs outputs/mine/stage1 outputs/mine/stage2 --prompts "a red circle" "two stars" \
+        --images held_out_pictures/ --output_dir outputs/mine
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from trl import TrlParser
+
+from iomm_hf import IOMMPipeline
+from iomm_hf.data.images import resize_and_crop
+from iomm_hf.data.streams import build_stream
+from iomm_hf.evaluation.figures import draw_sheet, plot_losses
+from iomm_hf.training.config import as_source
+
+
+@dataclass
+class ShowConfig:
+    runs: list[str] = field(default_factory=list, metadata={"help": "Folders of finished runs, in order."})
+    prompts: list[str] = field(default_factory=list, metadata={"help": "What to draw."})
+    images: list[str] = field(default_factory=list, metadata={"help": "Sources of eight reference pictures to vary."})
+    output_dir: str = field(default="outputs", metadata={"help": "Folder for loss.png, sheet.png and variations.png."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
+    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    seed: int = field(default=0, metadata={"help": "Noise of the first column; the next ones count on."})
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("Give at least one finished run: --runs FOLDER.")
+
+
+def main(config: ShowConfig):
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    plot_losses({Path(run).name: run for run in config.runs}, output / "loss.png")
+    pipes = {Path(run).name: IOMMPipeline.from_pretrained(Path(run) / "final") for run in config.runs}
+
+    def draw(pipe: IOMMPipeline, count: int, **inputs):
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(count)]
+        steps, scale = config.num_inference_steps, config.guidance_scale
+        return pipe(**inputs, generator=generators, num_inference_steps=steps, guidance_scale=scale).images
+
+    if config.prompts:
+        rows = {name: draw(pipe, len(config.prompts), prompt=config.prompts) for name, pipe in pipes.items()}
+        draw_sheet(rows, config.prompts, output / "sheet.png")
+    if config.images:
+        resolution = next(iter(pipes.values())).resolution
+        stream = build_stream([as_source(source) for source in config.images], seed=config.seed)
+        pictures = [resize_and_crop(sample["image"], resolution) for sample in islice(stream, 8)]
+        rows = {"reference": pictures}
+        rows |= {name: draw(pipe, len(pictures), image=pictures) for name, pipe in pipes.items()}
+        draw_sheet(rows, [""] * len(pictures), output / "variations.png")
+    print(f"Wrote {', '.join(str(path) for path in sorted(output.glob('*.png')))}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser(ShowConfig, description=__doc__.splitlines()[0]).parse_args_and_config())
