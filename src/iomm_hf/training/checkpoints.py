@@ -7,7 +7,6 @@ it and are referenced. `state/` is local: JSON, safetensors and Accelerate's own
 import json
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,14 @@ def whole_folder(path: Path, accelerator: Accelerator):
     accelerator.wait_for_everyone()
     try:
         yield temporary
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise OSError(
-            f"Could not write {path}: {error}. Nothing was left under that name; earlier checkpoints are whole. Free"
-            " some space and start the same command again: the run continues from the newest one."
-        ) from error
-    finally:
-        if sys.exc_info()[0] is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError | RuntimeError):  # torch reports a full disk as RuntimeError
+            raise OSError(
+                f"Could not write {path}: {error}. Nothing was left under that name; earlier checkpoints are whole. Free"
+                " some space and start the same command again: the run continues from the newest one."
+            ) from error
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)

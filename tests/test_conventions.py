@@ -1,0 +1,174 @@
+"""What users of diffusers and transformers expect of any pipeline and model, beside what is IOMM's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMPipeline
+from iomm_hf.tiny import tiny_encoder, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_pipeline()
+    for parameter in pipe.transformer.parameters():  # its last layer starts at zero: make every weight count
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(count))
+
+
+def draw(pipe, *args, **kwargs):
+    return pipe(*args, **{"num_inference_steps": 2, "output_type": "latent"} | kwargs).images
+
+
+def test_a_batch_equals_its_prompts_alone(pipe):
+    prompts, start = ["a red circle", "two stars above a ring", "a"], noise(3)
+    together = draw(pipe, prompts, latents=start)
+    for i, prompt in enumerate(prompts):
+        assert (draw(pipe, prompt, latents=start[i : i + 1])[0] - together[i]).abs().max() < 1e-4
+
+
+def test_num_images_per_prompt_repeats_prompts_in_order(pipe):
+    start = noise(4)
+    images = draw(pipe, ["a star", "a ring"], num_images_per_prompt=2, latents=start)
+    assert len(images) == 4
+    again = draw(pipe, ["a star", "a star", "a ring", "a ring"], latents=start)
+    assert (images - again).abs().max() < 1e-4
+
+
+def test_generators_make_pictures_repeatable_one_each(pipe):
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    together = draw(pipe, ["a star"] * 2, generator=seeds)
+    alone = draw(pipe, "a star", generator=torch.Generator().manual_seed(4))
+    assert (together[1] - alone[0]).abs().max() < 1e-4
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_output_types(pipe):
+    kwargs = {"latents": noise(2), "prompt": ["a", "b"]}
+    pil = draw(pipe, output_type="pil", **kwargs)
+    array = draw(pipe, output_type="np", **kwargs)
+    tensor = draw(pipe, output_type="pt", **kwargs)
+    assert isinstance(pil[0], Image.Image) and pil[0].size == (64, 64)
+    assert array.shape == (2, 64, 64, 3) and array.min() >= 0 and array.max() <= 1
+    assert tensor.shape == (2, 3, 64, 64)
+    assert np.abs(np.asarray(pil[1]) / 255 - array[1]).max() < 1 / 255
+    assert np.abs(tensor.permute(0, 2, 3, 1).numpy() - array).max() < 1e-6
+    as_tuple = pipe(num_inference_steps=2, output_type="np", return_dict=False, **kwargs)
+    assert isinstance(as_tuple, tuple) and np.array_equal(as_tuple[0], array)
+
+
+def test_callbacks_see_each_step_may_change_it_and_may_stop(pipe):
+    seen = []
+
+    def record(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        return {}
+
+    plain = draw(pipe, "a star", latents=noise(1), num_inference_steps=4)
+    recorded = draw(pipe, "a star", latents=noise(1), num_inference_steps=4, callback_on_step_end=record)
+    assert torch.equal(plain, recorded) and pipe.num_timesteps == 4
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3] and all(shape == (1, 4, 16, 16) for _, _, shape in seen)
+    assert [time for _, time, _ in seen] == sorted((time for _, time, _ in seen), reverse=True)
+
+    def zero_at_the_end(pipe, step, timestep, tensors):
+        assert set(tensors) == {"latents", "prompt_embeds"}
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    names = ["latents", "prompt_embeds"]
+    changed = draw(
+        pipe,
+        "a star",
+        num_inference_steps=4,
+        callback_on_step_end=zero_at_the_end,
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert changed.abs().max() == 0
+
+    def stop_after_two(pipe, step, timestep, tensors):
+        stopped.append(tensors["latents"])
+        pipe._interrupt = step == 1
+        return {}
+
+    stopped = []
+    result = draw(pipe, "a star", num_inference_steps=4, callback_on_step_end=stop_after_two)
+    assert len(stopped) == 2 and torch.equal(result, stopped[-1])
+    assert torch.equal(draw(pipe, "a star", latents=noise(1), num_inference_steps=4), plain)  # the next call runs again
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_embeddings_replace_prompts_and_need_no_encoder(pipe, guidance_scale):
+    expected = draw(pipe, ["a star", "a ring"], latents=noise(2), guidance_scale=guidance_scale)
+    with torch.no_grad():
+        embeds, mask, negative, negative_mask = pipe.encode_prompt(
+            ["a star", "a ring"], do_classifier_free_guidance=guidance_scale > 1
+        )
+    assert mask is None and negative_mask is None and (negative is None) == (guidance_scale == 1)
+    blind = IOMMPipeline(**pipe.components | {"text_encoder": None, "processor": None})
+    blind.set_progress_bar_config(disable=True)
+    images = draw(
+        blind,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        latents=noise(2),
+        guidance_scale=guidance_scale,
+    )
+    assert (images - expected).abs().max() < 1e-5
+
+
+def test_encoding_needs_no_generator(pipe):
+    reader = IOMMPipeline(**pipe.components | {"transformer": None, "vae": None, "scheduler": None})
+    with torch.no_grad():
+        assert reader.encode_prompt("a star")[0].shape == (1, 16, 128)
+
+
+def test_components_build_the_same_pipeline_and_dtype_moves(pipe):
+    again = IOMMPipeline(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, "a star", latents=noise(1)), draw(pipe, "a star", latents=noise(1)))
+    half = tiny_pipeline().to(torch.float64)
+    half.set_progress_bar_config(disable=True)
+    assert {half.text_encoder.dtype, half.transformer.dtype, half.vae.dtype} == {torch.float64}
+    assert draw(half, "a star", output_type="np").dtype in (np.float32, np.float64)
+
+
+def test_vae_slicing_and_tiling_change_nothing_at_this_size(pipe):
+    expected = draw(pipe, ["a", "b"], latents=noise(2), output_type="np")
+    pipe.vae.enable_slicing()
+    assert np.abs(draw(pipe, ["a", "b"], latents=noise(2), output_type="np") - expected).max() < 1e-5
+    pipe.vae.disable_slicing()
+
+
+def test_config_round_trip(pipe, tmp_path):
+    config = pipe.text_encoder.config
+    config.save_pretrained(tmp_path)
+    loaded = IOMMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert IOMMConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
+    assert loaded.mllm_config.model_type == "internvl" and loaded.hidden_size == 128
+    assert IOMMConfig().hidden_size == IOMMConfig().get_text_config().hidden_size
+
+
+def test_tuple_output_equals_dict_output(pipe):
+    inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
+    for encoder in (pipe.text_encoder, tiny_encoder(pipe.processor, condition_tokens="all")):
+        with torch.no_grad():
+            as_dict, as_tuple = encoder(**inputs), encoder(**inputs, return_dict=False)
+        assert all(torch.equal(one, two) for one, two in zip(as_dict.to_tuple(), as_tuple, strict=True))
+
+
+def test_a_model_from_a_config_is_seeded_and_has_no_uninitialised_weight(pipe):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(IOMMConditionEncoder(pipe.text_encoder.config))
+    for (name, one), two in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.isfinite(one).all() and torch.equal(one, two), name
+    assert abs(models[0].adapter.queries.std() - 128**-0.5) < 0.01
