@@ -100,7 +100,23 @@ def test_callbacks_see_each_step_may_change_it_and_may_stop(pipe):
     stopped = []
     result = draw(pipe, "a star", num_inference_steps=4, callback_on_step_end=stop_after_two)
     assert len(stopped) == 2 and torch.equal(result, stopped[-1])
-    assert torch.equal(draw(pipe, "a star", latents=noise(1), num_inference_steps=4), plain)  # the next call runs again
+    assert torch.equal(
+        draw(pipe, "a star", latents=noise(1), num_inference_steps=4), plain
+    )  # the next call runs again
+
+
+def test_a_callback_may_change_the_guidance(pipe):
+    def no_guidance(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    kwargs = {"prompt": "a star", "latents": noise(1), "num_inference_steps": 2}
+    first = []
+    guided = draw(pipe, **kwargs, callback_on_step_end=lambda p, i, t, x: first.append(x["latents"]) or {})
+    changed = draw(pipe, **kwargs, callback_on_step_end=no_guidance)
+    plain = draw(pipe, "a star", latents=first[0], num_inference_steps=1, sigmas=[0.5], guidance_scale=1.0)
+    assert (changed - guided).abs().max() > 1e-4
+    assert (changed - plain).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -367,6 +367,7 @@ class IOMMPipeline(DiffusionPipeline):
 
         # 3. Both branches of guidance run as one batch, conditional first.
         condition, condition_mask = prompt_embeds, prompt_embeds_mask
+        guided = negative_prompt_embeds is not None
         if negative_prompt_embeds is not None:
             condition, condition_mask = join_conditions(
                 prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
@@ -377,7 +378,7 @@ class IOMMPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                inputs = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                inputs = torch.cat([latents] * 2) if guided else latents
                 timestep = (t / self.scheduler.config.num_train_timesteps).expand(len(inputs)).to(dtype)
                 velocity = predict_velocity(
                     self.transformer,
@@ -387,9 +388,10 @@ class IOMMPipeline(DiffusionPipeline):
                     condition_mask,
                     self.attention_kwargs,
                 ).float()
-                if self.do_classifier_free_guidance:
+                if guided:
                     velocity, negative = velocity.chunk(2)
-                    velocity = negative + guidance_scale * (velocity - negative)
+                    # read anew at each step, since a callback may change it
+                    velocity = negative + self.guidance_scale * (velocity - negative)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
