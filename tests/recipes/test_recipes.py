@@ -1,0 +1,86 @@
+"""Every recipe explains its fields, and every YAML file fits its recipe."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+from iomm_hf.training import FinetuneConfig, PretrainConfig
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+CONFIGS = sorted([*(ROOT / "recipes/configs").glob("*.yaml"), *(ROOT / "results").glob("*/*.yaml")])
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_class(module):
+    found = [
+        thing
+        for name, thing in vars(module).items()
+        if isinstance(thing, type) and dataclasses.is_dataclass(thing) and name.endswith(("Config", "Arguments"))
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_help_explains_every_field(path):
+    module = load(path)
+    config = config_class(module)
+    assert all(field.metadata["help"] for field in dataclasses.fields(config))
+    text = " ".join(TrlParser(config).format_help().split())
+    for field in dataclasses.fields(config):
+        assert f"--{field.name}" in text
+    assert f"recipes/{path.name}" in module.__doc__  # it says how it is run
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_yaml_files_fit_their_recipe(path):
+    if path.stem.startswith("check"):
+        config = config_class(load(ROOT / "recipes/check_condition_use.py"))
+    else:
+        config = FinetuneConfig if "finetune" in path.stem else PretrainConfig
+    (parsed,) = TrlParser(config).parse_args_and_config(["--config", str(path)])
+    assert parsed == config(**dataclasses.asdict(parsed))
+    assert path.stem.startswith("check") or parsed.preset == "tiny"
+
+
+def test_flags_override_yaml_and_unknown_fields_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("images: [one]\nlearning_rate: 0.5\n")
+    (parsed,) = TrlParser(PretrainConfig).parse_args_and_config(
+        ["--config", str(path), "--images", "two", "three", "--no_resume"]
+    )
+    assert parsed.images == ["two", "three"] and parsed.learning_rate == 0.5 and parsed.resume is False
+    path.write_text("images: [one]\nlearning_rat: 0.5\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        TrlParser(PretrainConfig).parse_args_and_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (PretrainConfig, {}, "at least one source"),
+        (PretrainConfig, {"images": ["x"], "pairs": ["y"]}, "finetune_mixed"),
+        (PretrainConfig, {"images": ["x"], "mask_ratio": 1.0}, "got 1.0"),
+        (PretrainConfig, {"images": ["x"], "batch_size": 0}, "batch_size must be positive, got 0"),
+        (PretrainConfig, {"images": ["x"], "ema_decay": 1.0}, "got 1.0"),
+        (PretrainConfig, {"images": ["x"], "mixed_precision": "fp16"}, "'fp16'"),
+        (PretrainConfig, {"images": [{"folder": "x"}]}, "needs `path`"),
+        (FinetuneConfig, {"images": ["x"]}, "mix_ratio=0.5 needs pairs"),
+        (FinetuneConfig, {"pairs": ["x"]}, "mix_ratio=0.5 needs pictures"),
+        (FinetuneConfig, {"images": ["x"], "pairs": ["y"], "mix_ratio": 1.5}, "got 1.5"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
