@@ -76,7 +76,7 @@ def test_loads_the_files_of_an_internvl3_repository(tmp_path):
     for name, content in {
         "preprocessor_config.json": {
             "crop_size": None,
-            "crop_to_patches": False,
+            "crop_to_patches": True,
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,

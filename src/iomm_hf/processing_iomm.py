@@ -49,8 +49,6 @@ class IOMMProcessor(ProcessorMixin):
     ```
     """
 
-    images_kwargs = {"crop_to_patches": False}  # one view: its tokens are the patches that the method masks
-
     def __init__(
         self,
         image_processor=None,
@@ -121,7 +119,8 @@ class IOMMProcessor(ProcessorMixin):
             return_dict=True,
             return_tensors="pt",
             sanitize_control_tokens=True,
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            # One view, whatever the repository says: its tokens are the patches that the method masks.
+            processor_kwargs={"padding": True, "padding_side": "left", "crop_to_patches": False},
         )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
