@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from PIL import Image
 
-from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMPipeline
+from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMPipeline, IOMMProcessor
 from iomm_hf.tiny import tiny_encoder, tiny_pipeline
 
 
@@ -188,3 +189,119 @@ def test_a_model_from_a_config_is_seeded_and_has_no_uninitialised_weight(pipe):
     for (name, one), two in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         assert torch.isfinite(one).all() and torch.equal(one, two), name
     assert abs(models[0].adapter.queries.std() - 128**-0.5) < 0.01
+
+
+def test_from_pipe_takes_over_parts_and_settings(pipe):
+    other = IOMMPipeline.from_pipe(pipe, resolution=48)
+    other.set_progress_bar_config(disable=True)
+    assert all(other.components[name] is part for name, part in pipe.components.items())
+    assert other.resolution == 48 and IOMMPipeline.from_pipe(other).resolution == 48 and pipe.resolution == 64
+    assert torch.equal(
+        draw(other, "a star", latents=noise(1), height=64, width=64), draw(pipe, "a star", latents=noise(1))
+    )
+
+
+def test_caches_of_the_generator_work_and_leave_no_trace(pipe):
+    def draw_slowly():
+        return draw(pipe, "a star", latents=noise(1), num_inference_steps=4)
+
+    expected = draw_slowly()
+    outcomes = {}
+    for threshold in (0.0, 1e6):  # never and always close enough to the step before
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        outcomes[threshold] = draw_slowly()
+        assert torch.equal(draw_slowly(), outcomes[threshold])  # nothing is left over from the picture before
+        pipe.transformer.disable_cache()
+    assert (outcomes[0.0] - expected).abs().max() < 1e-5
+    assert (outcomes[1e6] - expected).abs().max() > 1e-4
+    assert torch.equal(draw_slowly(), expected)
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offload_changes_nothing(pipe, level):
+    offloaded = tiny_pipeline()
+    offloaded.transformer.load_state_dict(pipe.transformer.state_dict())
+    offloaded.set_progress_bar_config(disable=True)
+    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type=level, **blocks)
+    expected = draw(pipe, "a star", latents=noise(1), output_type="np")
+    assert np.abs(draw(offloaded, "a star", latents=noise(1), output_type="np") - expected).max() < 1e-5
+
+
+def test_each_part_may_have_its_own_dtype(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    dtypes = {"vae": torch.float32, "text_encoder": torch.bfloat16, "default": torch.float16}
+    loaded = IOMMPipeline.from_pretrained(tmp_path, dtype=dtypes)
+    assert {name: loaded.components[name].dtype for name in ("vae", "text_encoder", "transformer")} == {
+        "vae": torch.float32,
+        "text_encoder": torch.bfloat16,
+        "transformer": torch.float16,
+    }
+
+
+def test_variants_of_the_weights(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises((OSError, ValueError)):
+        IOMMPipeline.from_pretrained(tmp_path)
+    loaded = IOMMPipeline.from_pretrained(tmp_path, variant="fp16")
+    for name in ("text_encoder", "transformer", "vae"):
+        assert all("fp16" in file.name for file in (tmp_path / name).glob("*.safetensors"))
+        weights = loaded.components[name].state_dict()
+        assert all(torch.equal(weight, weights[key]) for key, weight in pipe.components[name].state_dict().items())
+
+
+def test_attention_of_the_mllm_is_a_choice(pipe):
+    encoder = tiny_encoder(pipe.processor)
+    inputs = pipe.processor.encode([pipe.processor.text_to_image(text) for text in ("a star", "two red rings")])
+    with torch.no_grad():
+        expected = encoder(**inputs).condition
+        encoder.set_attn_implementation("eager")
+        assert encoder.mllm.model.language_model.config._attn_implementation == "eager"
+        assert (encoder(**inputs).condition - expected).abs().max() < 1e-4
+
+
+def test_unknown_inputs_of_the_model_are_refused(pipe):
+    inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
+    with pytest.raises(TypeError, match="image_masks"):
+        pipe.text_encoder(**inputs, image_masks=None)
+
+
+def test_frozen_weights_of_other_shapes_are_refused_even_on_request(pipe, tmp_path):
+    pipe.text_encoder.save_pretrained(tmp_path)
+    config = IOMMConfig.from_pretrained(tmp_path)
+    config.mllm_config.text_config.intermediate_size *= 2
+    with pytest.raises(OSError, match="other shapes"):
+        IOMMConditionEncoder.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+
+
+def test_weights_load_part_by_part_and_from_disk(pipe, tmp_path):
+    pipe.text_encoder.save_pretrained(tmp_path / "model")
+    device_map = {"mllm": "disk", "adapter": "cpu"}
+    loaded = IOMMConditionEncoder.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).condition, pipe.text_encoder(**inputs).condition)
+
+
+def test_processor_folder_and_kwargs(pipe, tmp_path):
+    pipe.processor.save_pretrained(tmp_path)
+    assert {"tokenizer.json", "processor_config.json", "chat_template.jinja"} <= {f.name for f in tmp_path.iterdir()}
+    processor = IOMMProcessor.from_pretrained(tmp_path)
+    assert processor.to_dict() == pipe.processor.to_dict()
+    text, image = f"a {processor.image_token}", Image.new("RGB", (64, 64), "white")
+    batch = processor(text=text, images=image, return_tensors="pt", padding="max_length", max_length=76)
+    assert batch["input_ids"].shape == (1, 76) and batch["pixel_values"].min() > 0
+    nested = processor(
+        text=text,
+        images=image,
+        images_kwargs={"rescale_factor": -1.0},
+        text_kwargs={"padding": "max_length", "max_length": 76},
+        return_tensors="pt",
+    )
+    assert nested["input_ids"].shape == (1, 76) and nested["pixel_values"].max() < 0
+    with pytest.raises(ValueError, match="rescale_factor"):
+        processor(text=text, images=image, images_kwargs={"rescale_factor": -1.0}, rescale_factor=1.0)
+    with pytest.raises(ValueError):  # image tokens are never cut off in silence
+        processor(text=text, images=image, truncation=True, max_length=3)

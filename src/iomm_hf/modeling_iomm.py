@@ -297,6 +297,10 @@ class IOMMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # the MLLM's; transformers would judge by `IOMMAttention`, which is SDPA whatever is set
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # The MLLM initialises itself; what comes here is adapter and connector.
@@ -415,7 +419,6 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         image_mask: torch.BoolTensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
     ) -> IOMMConditionOutput | tuple:
         r"""
         Args:
@@ -501,6 +504,11 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the trained part, which `config.dtype` records; the frozen MLLM may be held in another."""
+        return self.adapter.queries.dtype
+
     @torch.no_grad()
     def generate(self, *args, **kwargs) -> torch.LongTensor:
         """The frozen MLLM's own `generate`: captions and answers are exactly those it gave before any training."""
@@ -551,6 +559,9 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         finally:
             report.setLevel(level)
         missing = set(info["missing_keys"])
+        redrawn = sorted(name for name, *_ in info["mismatched_keys"] if name.startswith("mllm."))
+        if redrawn:  # possible only with `ignore_mismatched_sizes=True`
+            raise OSError(f"{pretrained_model_name_or_path} holds frozen weights of other shapes: {redrawn[:3]}.")
         if pretrained_model_name_or_path is not None and missing:
             frozen = {name for name in missing if name.startswith("mllm.")}
             wanted = {name for name in model.state_dict() if name.startswith("mllm.")}

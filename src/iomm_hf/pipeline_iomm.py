@@ -7,12 +7,20 @@ and decodes.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    CacheMixin,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -20,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from .generators import latent_multiple, predict_velocity
+from .generators import latent_multiple, predict_velocity, unwrap
 from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
 from .processing_iomm import IOMMProcessor
 
@@ -66,7 +74,7 @@ class IOMMPipeline(DiffusionPipeline):
         self,
         text_encoder: IOMMConditionEncoder,
         processor: IOMMProcessor,
-        transformer: ModelMixin,
+        transformer: FluxTransformer2DModel | ZImageTransformer2DModel,  # `from_pipe` wants the very classes
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae_name_or_path: str | None = None,
@@ -111,11 +119,6 @@ class IOMMPipeline(DiffusionPipeline):
         """
         device = device or self._execution_device
 
-        def encode(conversations: list) -> tuple[torch.Tensor, torch.Tensor | None]:
-            inputs = self.processor.encode(conversations).to(device)
-            output = self.text_encoder(**inputs)
-            return output.condition, output.condition_mask
-
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             images = [image] if isinstance(image, Image.Image) else image
@@ -127,7 +130,7 @@ class IOMMPipeline(DiffusionPipeline):
                 conversations = [
                     self.processor.edit(text, picture) for text, picture in zip(prompts, images, strict=True)
                 ]
-            prompt_embeds, prompt_embeds_mask = encode(conversations)
+            prompt_embeds, prompt_embeds_mask = self._encode(conversations, device)
         batch_size = len(prompt_embeds)
 
         if do_classifier_free_guidance and negative_prompt_embeds is None:
@@ -136,23 +139,25 @@ class IOMMPipeline(DiffusionPipeline):
             else:
                 negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
                 conversations = [self.processor.text_to_image(text) for text in negatives]
-            negative_prompt_embeds, negative_prompt_embeds_mask = encode(conversations)
+            negative_prompt_embeds, negative_prompt_embeds_mask = self._encode(conversations, device)
             if len(conversations) == 1:  # one wording serves the whole batch
                 negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
                 if negative_prompt_embeds_mask is not None:
                     negative_prompt_embeds_mask = negative_prompt_embeds_mask.expand(batch_size, -1)
 
-        def repeat(tensor: Any) -> Any:
-            return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-
         if not do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_embeds_mask = None
-        return (
-            repeat(prompt_embeds),
-            repeat(prompt_embeds_mask),
-            repeat(negative_prompt_embeds),
-            repeat(negative_prompt_embeds_mask),
-        )
+        prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = [
+            None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            for tensor in (prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
+        ]
+        # One return of plain names: diffusers' pipeline tests read them here and pass them back to `__call__`.
+        return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+
+    def _encode(self, conversations: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = self.text_encoder(**self.processor.encode(conversations).to(device))
+        return output.condition, output.condition_mask
 
     def prepare_latents(
         self,
@@ -374,20 +379,23 @@ class IOMMPipeline(DiffusionPipeline):
             )
 
         # 4. From noise to image
+        denoiser = unwrap(self.transformer)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 inputs = torch.cat([latents] * 2) if guided else latents
                 timestep = (t / self.scheduler.config.num_train_timesteps).expand(len(inputs)).to(dtype)
-                velocity = predict_velocity(
-                    self.transformer,
-                    inputs.to(dtype),
-                    timestep,
-                    condition.to(dtype),
-                    condition_mask,
-                    self.attention_kwargs,
-                ).float()
+                # diffusers' caches, such as First Block Cache, want each call of the denoiser named.
+                with denoiser.cache_context("cond_uncond") if isinstance(denoiser, CacheMixin) else nullcontext():
+                    velocity = predict_velocity(
+                        self.transformer,
+                        inputs.to(dtype),
+                        timestep,
+                        condition.to(dtype),
+                        condition_mask,
+                        self.attention_kwargs,
+                    ).float()
                 if guided:
                     velocity, negative = velocity.chunk(2)
                     # read anew at each step, since a callback may change it
