@@ -6,17 +6,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.testing.hub_server import LocalHub
-from iomm_hf.tiny import tiny_encoder, tiny_pipeline, tiny_vae
+from iomm_hf.tiny import tiny_encoder, tiny_vae
 
 
-DRAW = """
+HELPERS = """
+import sys
+import torch
+torch.set_num_threads(1)
+
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe("a star", num_inference_steps=2, generator=generator, output_type="pt").images
+
+def refusal(function, *args):
+    try:
+        function(*args)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was refused")
 """
 
 
@@ -26,63 +39,60 @@ def hub(tmp_path_factory):
         yield hub
 
 
-def client(environment: dict[str, str], code: str, *arguments: str, fails_with: str | None = None) -> str:
+def client(environment: dict[str, str], code: str, *arguments: str):
     """Runs code in a fresh process, since clients read their settings at import."""
-    code = f"import sys, torch\ntorch.set_num_threads(1)\n{DRAW}\n{code}"
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", HELPERS + code, *arguments],
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    if fails_with is None:
-        assert done.returncode == 0, done.stderr[-3000:]
-    else:
-        assert done.returncode != 0 and fails_with in done.stderr, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def folder_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
     return {prefix + str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_pushed_pipeline_loads_by_id_pinned_and_offline(hub, tmp_path):
-    environment = hub.environment(tmp_path / "home")
-    client(
-        environment,
-        """
+PUSH = """
 from iomm_hf.tiny import tiny_pipeline
 pipe = tiny_pipeline()
 pipe.push_to_hub("user/tiny")
 torch.save(draw(pipe), sys.argv[1])
-""",
-        str(tmp_path / "picture.pt"),
-    )
-    first = hub.resolve("user/tiny").id
-    # What must never be fetched: a resume's state, pickles, code.
-    hub.commit_files("user/tiny", {"state/optimizer.bin": b"x", "unet/weights.pkl": b"x", "modeling_evil.py": b"x"})
-    load = """
-from iomm_hf import IOMMPipeline
-pipe = IOMMPipeline.from_pretrained("user/tiny", revision=sys.argv[2])
-assert torch.equal(draw(pipe), torch.load(sys.argv[1], weights_only=True))
 """
-    fresh = hub.environment(tmp_path / "fresh")
+LOAD = """
+from iomm_hf import IOMMPipeline
+expected = torch.load(sys.argv[1], weights_only=True)
+for revision in sys.argv[2:]:
+    assert torch.equal(draw(IOMMPipeline.from_pretrained("user/tiny", revision=revision)), expected)
+"""
+
+
+def test_a_pushed_pipeline_loads_by_id_pinned_and_offline(hub, tmp_path):
+    picture = str(tmp_path / "picture.pt")
+    client(hub.environment(tmp_path / "publisher"), PUSH, picture)
+    pushed = hub.resolve("user/tiny").id
+    # What must never be fetched: a resume's state, pickles, code.
+    hub.commit_files(
+        "user/tiny",
+        {"state/trainer.json": b"{}", "state/optimizer.bin": b"x", "unet/weights.pkl": b"x", "modeling_evil.py": b"x"},
+    )
+    reader = hub.environment(tmp_path / "reader")
     hub.requests.clear()
-    client(fresh, load, str(tmp_path / "picture.pt"), "main")
-    client(fresh, load, str(tmp_path / "picture.pt"), first)
+    client(reader, LOAD, picture, "main", pushed)
     fetched = [path for method, path in hub.requests if "/resolve/" in path]
     assert any(path.endswith("model_index.json") for path in fetched)
     assert not [path for path in fetched if path.endswith((".bin", ".pkl", ".py")) or "/state/" in path]
 
     hub.requests.clear()
-    client(fresh | {"HF_HUB_OFFLINE": "1"}, load, str(tmp_path / "picture.pt"), "main")
+    client(reader | {"HF_HUB_OFFLINE": "1"}, LOAD, picture, "main", pushed)
     assert hub.requests == []
 
 
 @pytest.fixture(scope="module")
-def frozen(hub, tmp_path_factory, processor):
-    """Frozen parts on the Hub: an MLLM in InternVL's layout, an autoencoder in a folder of another repository."""
+def frozen(hub, tmp_path_factory, processor) -> dict[str, str]:
+    """Revisions of frozen parts on the Hub: an MLLM in InternVL's layout, an autoencoder in another repo's folder."""
     folder = tmp_path_factory.mktemp("frozen")
     tiny_encoder(processor).mllm.save_pretrained(folder / "mllm")
     processor.save_pretrained(folder / "mllm")
@@ -90,29 +100,68 @@ def frozen(hub, tmp_path_factory, processor):
     return {
         "mllm": hub.commit_files("user/mllm", folder_files(folder / "mllm")),
         "vae": hub.commit_files("user/parts", folder_files(folder / "vae", "vae/")),
-        "folder": folder,
     }
 
 
 TRAIN = """
 from iomm_hf.training import PretrainConfig, train
-train(PretrainConfig(
-    output_dir=sys.argv[1], preset="tiny", mllm="user/mllm", vae="user/parts", vae_subfolder="vae", images=[sys.argv[2]],
-    batch_size=2, max_steps=int(sys.argv[3]), save_every=2, num_workers=0, shuffle_block=8, validate_every=0,
-))
+for argument in sys.argv[1:]:
+    output_dir, max_steps = argument.split("@")
+    train(PretrainConfig(
+        output_dir=output_dir, preset="tiny", mllm="user/mllm", vae="user/parts", vae_subfolder="vae",
+        images=["user/pictures", "hf://datasets/user/more/*.parquet"], batch_size=2, max_steps=int(max_steps),
+        save_every=2, num_workers=0, shuffle_block=8, validate_every=0,
+    ))
+"""
+LOAD_REFERRING = """
+import json, pathlib, shutil
+from huggingface_hub.constants import HF_HUB_CACHE
+from iomm_hf import IOMMPipeline
+
+folder, blob, revision = sys.argv[1:]
+load = lambda: IOMMPipeline.from_pretrained(folder)
+
+# Other content under the same commit, as a tampered mirror or cache would give, is found out by its hash.
+blob = pathlib.Path(blob)
+content = blob.read_bytes()
+blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+assert "The autoencoder in" in (said := refusal(load)) and "is not the one" in said, said
+blob.write_bytes(content)
+shutil.rmtree(pathlib.Path(HF_HUB_CACHE) / "models--user--parts")
+
+# The MLLM changed on the Hub since; the checkpoint pins what it was trained with.
+pipe = load()
+draw(pipe)
+weights = pipe.text_encoder.mllm.state_dict()
+torch.save(weights, folder + ".pt")
+
+config = pathlib.Path(folder) / "text_encoder/config.json"
+saved = json.loads(config.read_text())
+for change, expected in (
+    ({"mllm_revision": "main"}, ["The MLLM in", "is not the one that this checkpoint was trained with", "'main'"]),
+    ({"mllm_revision": "0" * 40}, ["The frozen weights 'user/mllm'", "0" * 40]),
+    ({"mllm_name_or_path": "user/gone"}, ["The frozen weights 'user/gone'", revision]),
+    ({"mllm_name_or_path": None}, ["no mllm_name_or_path"]),
+):
+    config.write_text(json.dumps(saved | change))
+    said = refusal(load)
+    assert said.startswith("OSError") and all(part in said for part in expected), said
 """
 
 
-def test_a_run_on_hub_ids_records_revisions_resumes_and_its_checkpoint_refers_to_them(hub, frozen, tmp_path):
+def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, frozen, tmp_path, processor):
     write_shards(tmp_path / "pictures", 16, captions=False, samples_per_shard=8)
-    hub.commit_files("user/pictures", folder_files(tmp_path / "pictures"), repo_type="dataset")
-    environment = hub.environment(tmp_path / "home")
-    run = tmp_path / "run"
-    client(environment, TRAIN, str(run), "user/pictures", "2")
-    client(environment, TRAIN, str(run), "user/pictures", "4")  # streams on from the checkpoint
-    assert ("GET", "/api/datasets/user/pictures/revision/main") in hub.requests or any(
-        "user/pictures" in path for _, path in hub.requests
-    )
+    write_shards(tmp_path / "more", 8, seed=1, captions=False, layout="parquet")
+    for name in ("pictures", "more"):
+        hub.commit_files(f"user/{name}", folder_files(tmp_path / name), repo_type="dataset")
+    home = hub.environment(tmp_path / "home")
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    client(home, TRAIN, f"{run}@2")
+    client(home, TRAIN, f"{run}@6", f"{unbroken}@6")  # the first streams on from its checkpoint
+    for file in ("trainable.safetensors", "ema.safetensors"):
+        one, two = (load_file(path / "checkpoint-00000006/state" / file) for path in (run, unbroken))
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+
     final = run / "final"
     encoder = json.loads((final / "text_encoder/config.json").read_text())
     index = json.loads((final / "model_index.json").read_text())
@@ -121,54 +170,48 @@ def test_a_run_on_hub_ids_records_revisions_resumes_and_its_checkpoint_refers_to
     assert index["vae_revision"] == frozen["vae"] and len(encoder["mllm_hash"]) == len(index["vae_hash"]) == 64
     assert not (final / "vae").exists()
 
-    # A later commit to the MLLM does not reach a checkpoint that pins its revision.
-    load = "from iomm_hf import IOMMPipeline\ndraw(IOMMPipeline.from_pretrained(sys.argv[1]))"
-    changed = tiny_pipeline(seed=1).text_encoder.mllm
-    changed.save_pretrained(tmp_path / "changed")
+    original = tiny_encoder(processor).mllm
+    tiny_encoder(processor, seed=1).mllm.save_pretrained(tmp_path / "changed")
     hub.commit_files("user/mllm", folder_files(tmp_path / "changed"))
-    client(hub.environment(tmp_path / "fresh"), load, str(final))
-
-    # Another repository under the same name, or none, is an error that names what is wanted.
-    config = final / "text_encoder/config.json"
-    config.write_text(json.dumps(encoder | {"mllm_revision": "main"}))
-    client(
-        hub.environment(tmp_path / "fresh"),
-        load,
-        str(final),
-        fails_with="not the one that this checkpoint was trained",
-    )
-    config.write_text(json.dumps(encoder | {"mllm_name_or_path": "user/gone", "mllm_revision": None}))
-    client(hub.environment(tmp_path / "fresh"), load, str(final), fails_with="The frozen weights 'user/gone'")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    blob = hub.blob_path(hub.resolve("user/parts").files[weights].sha256)
+    client(hub.environment(tmp_path / "fresh"), LOAD_REFERRING, str(final), str(blob), frozen["mllm"])
+    loaded = torch.load(f"{final}.pt", weights_only=True)
+    assert all(torch.equal(value, loaded[name]) for name, value in original.state_dict().items())
 
 
-def test_streams_read_hub_datasets_by_id_and_by_glob(hub, tmp_path):
-    write_shards(tmp_path / "tars", 12, samples_per_shard=4)
-    write_shards(tmp_path / "parquet", 12, samples_per_shard=6, layout="parquet")
-    for layout in ("tars", "parquet"):
-        hub.commit_files(f"user/{layout}", folder_files(tmp_path / layout), repo_type="dataset")
-    code = """
+STREAM = """
+from iomm_hf import IOMMPipeline
 from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.modeling_iomm import resolve_frozen
+
 for path, column in (
     ("user/tars", "json.prompt"), ("hf://datasets/user/tars/*.tar", "json.prompt"), ("user/parquet", "prompt"),
 ):
     make = lambda: SampleStream(SourceConfig(path, caption_column=column), block_size=4)
-    stream = make()
-    samples = iter(stream)
+    samples = iter(make())
     epoch = [next(samples) for _ in range(12)]
     assert len({sample["key"] for sample in epoch}) == 12 and {sample["epoch"] for sample in epoch} == {0}
     assert all(sample["image"].size == (64, 64) and sample["caption"] for sample in epoch)
-    first = make()
-    taken = iter(first)
-    for _ in range(5):
-        next(taken)
-    second = make()
+    first, second = make(), make()
+    for _ in zip(range(5), first):
+        pass
     second.load_state_dict(first.state_dict())
     assert [sample["key"] for _, sample in zip(range(7), second)] == [sample["key"] for sample in epoch[5:]]
-try:
-    SampleStream(SourceConfig("user/nothing"))
-except (ValueError, OSError) as error:
-    assert "user/nothing" in str(error)
-else:
-    raise AssertionError("a missing dataset was opened")
+
+for open_it in (lambda: SampleStream(SourceConfig("user/nothing")), lambda: IOMMPipeline.from_pretrained("user/nothing")):
+    assert "user/nothing" in refusal(open_it)
+
+# The server answers 403 once, as for a gated repository whose terms were not accepted.
+said = refusal(resolve_frozen, "user/mllm", None)
+assert said.startswith("OSError: The frozen weights 'user/mllm'"), said
 """
-    client(hub.environment(tmp_path / "home"), code)
+
+
+def test_streams_read_datasets_by_id_and_by_glob_and_what_is_missing_is_named(hub, frozen, tmp_path):
+    write_shards(tmp_path / "tars", 12, samples_per_shard=4)
+    write_shards(tmp_path / "parquet", 12, samples_per_shard=6, layout="parquet")
+    for layout in ("tars", "parquet"):
+        hub.commit_files(f"user/{layout}", folder_files(tmp_path / layout), repo_type="dataset")
+    hub.fail_next(1, path_contains="user/mllm", status=403)
+    client(hub.environment(tmp_path / "home"), STREAM)

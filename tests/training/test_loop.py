@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from iomm_hf import IOMMPipeline
-from iomm_hf.modeling_iomm import hash_weight_files
+from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
 
@@ -103,6 +104,37 @@ def test_killed_and_resumed_stage_2_equals_an_unbroken_run(settings, parts, tmp_
     train(FinetuneConfig(**settings))
     name = "checkpoint-00000008"
     assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate holds one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_bf16_run_resumes_and_rounds_neither_trained_nor_frozen_weights(settings, parts, tmp_path):
+    settings |= {
+        "mixed_precision": "bf16",
+        "connector_layers": 1,
+        "max_steps": 3,
+        "save_every": 1,
+        "validate_every": 1,
+        "validation_prompts": ["a star"],
+        "validation_steps": 1,
+    }
+    train(PretrainConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
+    with killed_in_step(3):
+        train(PretrainConfig(**settings))
+    final = train(PretrainConfig(**settings))
+    name = "checkpoint-00000003"
+    assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
+    pipe = IOMMPipeline.from_pretrained(final)
+    assert pipe.text_encoder.dtype == torch.float32
+    frozen = load_mllm(parts / "mllm").state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in pipe.text_encoder.mllm.state_dict().items())
 
 
 def test_stage_2_starts_from_stage_1_and_frozen_parts_stay_the_same(settings, parts, tmp_path):

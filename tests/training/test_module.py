@@ -48,6 +48,9 @@ def test_frozen_parts_stay_in_eval_mode(module):
     module.train()
     assert module.encoder.adapter.training and module.transformer.training
     assert not module.encoder.mllm.training and not module.vae.training
+    module.eval()
+    assert not any(part.training for part in module.modules())
+    module.train()
 
 
 @torch.no_grad()

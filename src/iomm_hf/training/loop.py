@@ -75,7 +75,10 @@ def train(config: TrainingConfig) -> Path:
     checkpoint = open_run(config, output_dir, accelerator)
 
     # 1. Parts
-    pipeline = build_pipeline(config) if checkpoint is None else IOMMPipeline.from_pretrained(checkpoint)
+    if checkpoint is None:
+        pipeline = build_pipeline(config)
+    else:
+        pipeline = IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     resolution = config.resolution or pipeline.resolution
     if resolution % pipeline.size_multiple:
         raise ValueError(f"resolution must be a multiple of {pipeline.size_multiple}, got {resolution}.")
@@ -204,11 +207,16 @@ def train(config: TrainingConfig) -> Path:
     final = output_dir / "final"
     with whole_folder(final, accelerator) as folder:
         if accelerator.is_main_process:
+            include_frozen = not frozen_on_hub(pipeline)
+            if include_frozen and config.mixed_precision == "bf16":
+                pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
             with ema_weights(ema, module):
-                pipeline.save_pretrained(folder, include_frozen=not frozen_on_hub(pipeline))
+                pipeline.save_pretrained(folder, include_frozen=include_frozen)
     all_skipped = total(skipped)
     if all_skipped:
         logger.warning("Bad samples skipped: %s", dict(all_skipped))
+    # DDP first: freed after the process group, it would wait for gloo's threads while holding the lock that they wait for.
+    wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)
     accelerator.end_training()
     return final
 
@@ -309,14 +317,15 @@ def draw_validation(
     pipeline.text_encoder.eval()
     pipeline.transformer.eval()
     prompts = config.validation_prompts
-    images = pipeline(  # type: ignore[union-attr]  # return_dict is on
-        prompts,
-        height=resolution,
-        width=resolution,
-        num_inference_steps=config.validation_steps,
-        guidance_scale=config.validation_guidance,
-        generator=[torch.Generator().manual_seed(sample_seed(config.seed, prompt, 0)) for prompt in prompts],
-    ).images
+    with accelerator.autocast():  # a bf16 run holds the MLLM in bf16, the rest in float32
+        images = pipeline(  # type: ignore[union-attr]  # return_dict is on
+            prompts,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=config.validation_steps,
+            guidance_scale=config.validation_guidance,
+            generator=[torch.Generator().manual_seed(sample_seed(config.seed, prompt, 0)) for prompt in prompts],
+        ).images
     folder = output_dir / "samples"
     folder.mkdir(exist_ok=True)
     columns = min(len(images), 8)
