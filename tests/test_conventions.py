@@ -138,6 +138,8 @@ def test_embeddings_replace_prompts_and_need_no_encoder(pipe, guidance_scale):
         guidance_scale=guidance_scale,
     )
     assert (images - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="negative_prompt_embeds"):
+        draw(blind, prompt_embeds=embeds, guidance_scale=4.0)
 
 
 def test_encoding_needs_no_generator(pipe):

@@ -118,6 +118,12 @@ class IOMMPipeline(DiffusionPipeline):
             without guidance), where B counts every picture to draw.
         """
         device = device or self._execution_device
+        needs_encoder = prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None)
+        if needs_encoder and (self.text_encoder is None or self.processor is None):
+            raise ValueError(
+                "This pipeline has no text_encoder or no processor: give `prompt_embeds` and, with guidance,"
+                " `negative_prompt_embeds`."
+            )
 
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt

@@ -85,7 +85,9 @@ def train(config: TrainingConfig) -> Path:
     pipeline.register_to_config(resolution=resolution)
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
     if config.mixed_precision == "bf16":
-        pipeline.text_encoder.mllm.to(torch.bfloat16)  # frozen, so nothing is lost in small updates
+        # Frozen, so nothing is lost in small updates. Weights alone: a bf16 rotary buffer would move every position.
+        for parameter in pipeline.text_encoder.mllm.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     module = IOMMTrainingModule(
         pipeline.text_encoder,
         pipeline.transformer,
