@@ -1,9 +1,11 @@
 """Stage 0: trains a small autoencoder on pictures alone. At full size a published one is downloaded instead.
 
     python recipes/train_autoencoder.py --images my_pictures/ --output_dir outputs/mine/vae --minutes 8
+    python recipes/train_autoencoder.py --images my_pictures/ --output_dir outputs/mine/vae --max_steps 5000
 
 It is convolutional, so random crops of half the side teach the same at a quarter of the cost. At the end the latents are
-scaled to mean 0 and deviation 1. Same seed and --max_steps, same weights; --minutes stops by the clock instead.
+scaled to mean 0 and deviation 1. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a
+run is not repeatable step for step.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +29,10 @@ from iomm_hf.evaluation.shapes import score_image
 from iomm_hf.tiny import tiny_vae
 from iomm_hf.training.checkpoints import whole_folder, write_json
 from iomm_hf.training.config import as_source
-from iomm_hf.training.stage0 import Budget
+from iomm_hf.training.stage0 import Budget, check_budget
+
+
+SCORED_SCENES = 200
 
 
 @dataclass
@@ -40,11 +45,14 @@ class AutoencoderConfig:
     num_pictures: int = field(default=8000, metadata={"help": "Most pictures to hold in memory."})
     held_out: int = field(default=128, metadata={"help": "Further pictures, kept for the measurement."})
     shapes: bool = field(
-        default=False, metadata={"help": "Also score reconstructions of 200 scenes of the shapes world."}
+        default=False, metadata={"help": f"Also score reconstructions of {SCORED_SCENES} scenes of the shapes world."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Crops a step."})
-    max_steps: int = field(default=100_000, metadata={"help": "Most steps."})
-    minutes: float | None = field(default=8.0, metadata={"help": "Time limit."})
+    batch_size: int = field(default=12, metadata={"help": "Crops a step; small ones learn faster at this size."})
+    candidates: int = field(
+        default=3, metadata={"help": "Crops drawn for each one used, the busiest: plain background teaches little."}
+    )
+    max_steps: int | None = field(default=None, metadata={"help": "Number of steps; repeatable."})
+    minutes: float | None = field(default=None, metadata={"help": "Time to train, instead of max_steps."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW."})
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL term."})
     seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
@@ -54,6 +62,10 @@ class AutoencoderConfig:
             raise ValueError("Give at least one source of pictures: --images FOLDER.")
         if not 0 < self.crop <= self.resolution:
             raise ValueError(f"crop must be between 1 and the resolution {self.resolution}, got {self.crop}.")
+        for name in ("batch_size", "candidates", "num_pictures", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_budget(self.minutes, max_steps=self.max_steps)
 
 
 def read_pictures(config: AutoencoderConfig) -> torch.Tensor:
@@ -74,19 +86,21 @@ def read_pictures(config: AutoencoderConfig) -> torch.Tensor:
 
 
 def random_crops(pictures: torch.Tensor, config: AutoencoderConfig, rng: np.random.Generator) -> torch.Tensor:
-    """A batch (B, 3, crop, crop) in [-1, 1], cut and mirrored at random."""
-    room = config.resolution - config.crop + 1
-    batch = []
+    """A batch (B, 3, crop, crop) in [-1, 1], cut and mirrored at random; each the busiest of `candidates` crops."""
+    room, count = config.resolution - config.crop + 1, config.batch_size * config.candidates
+    drawn = []
     for index, y, x, mirror in zip(
-        rng.integers(len(pictures), size=config.batch_size),
-        rng.integers(room, size=config.batch_size),
-        rng.integers(room, size=config.batch_size),
-        rng.random(config.batch_size) < 0.5,
+        rng.integers(len(pictures), size=count),
+        rng.integers(room, size=count),
+        rng.integers(room, size=count),
+        rng.random(count) < 0.5,
         strict=True,
     ):
         crop = pictures[index, :, y : y + config.crop, x : x + config.crop]
-        batch.append(crop.flip(-1) if mirror else crop)
-    return torch.stack(batch) / 127.5 - 1
+        drawn.append(crop.flip(-1) if mirror else crop)
+    crops = (torch.stack(drawn) / 127.5 - 1).unflatten(0, (-1, config.candidates))  # (B, candidates, 3, crop, crop)
+    busiest = crops.std((-2, -1)).sum(-1).argmax(1)
+    return crops[torch.arange(len(crops)), busiest]
 
 
 @torch.no_grad()
@@ -108,7 +122,7 @@ def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
     return (10 * torch.log10(255**2 / error)).mean().item()
 
 
-def share_still_right(vae: AutoencoderKL, count: int = 200) -> float:
+def share_still_right(vae: AutoencoderKL, count: int) -> float:
     """Share of fresh scenes whose reconstruction still shows its caption: a ceiling on everything behind it."""
     scenes, wanted = zip(*(corpus_scene(10**6, index) for index in range(count)), strict=True)
     pictures = torch.stack([torch.from_numpy(render(scene)).permute(2, 0, 1) for scene in scenes])
@@ -119,9 +133,15 @@ def share_still_right(vae: AutoencoderKL, count: int = 200) -> float:
 def main(config: AutoencoderConfig):
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
+    vae = tiny_vae(seed=config.seed) if config.init_from is None else AutoencoderKL.from_pretrained(config.init_from)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if config.crop % factor or config.resolution % factor:
+        raise ValueError(
+            f"crop and resolution must be multiples of the autoencoder's factor {factor},"
+            f" got {config.crop} and {config.resolution}."
+        )
     pictures = read_pictures(config)
     held_out, pictures = pictures[: config.held_out], pictures[config.held_out :]
-    vae = tiny_vae(seed=config.seed) if config.init_from is None else AutoencoderKL.from_pretrained(config.init_from)
     vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     output = Path(config.output_dir)
@@ -139,7 +159,7 @@ def main(config: AutoencoderConfig):
     drawn = reconstruct(vae, held_out)
     summary = {"held_out": len(held_out), "psnr": psnr(drawn, held_out), "steps": len(budget.losses)}
     if config.shapes:
-        summary["shapes_still_right"] = share_still_right(vae)
+        summary |= {"shapes_still_right": share_still_right(vae, SCORED_SCENES), "shapes_scored": SCORED_SCENES}
     with whole_folder(output, Accelerator(cpu=True)) as folder:
         vae.save_pretrained(folder)
         write_json(folder / "summary.json", summary)

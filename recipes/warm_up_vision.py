@@ -1,10 +1,12 @@
 """Stage 0: makes the tiny MLLM see and speak. At full size a published MLLM is downloaded instead.
 
     python recipes/warm_up_vision.py --output_dir outputs/mine/mllm --minutes 30
+    python recipes/warm_up_vision.py --output_dir outputs/mine/mllm --label_steps 4000 --caption_steps 2500
 
 First dense labels: for each patch of a picture of the shapes world, which shape and which colour. Captions alone would
 teach colours but hardly any shapes. Then captions, through the MLLM's own chat template; combinations that are held out
-are never named. Same seed and step counts, same weights; --minutes stops by the clock instead.
+are never named. Same seed and step counts, same weights; --minutes stops by the clock instead, so such a run is not
+repeatable step for step.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from iomm_hf.modeling_iomm import load_mllm
 from iomm_hf.processing_iomm import IOMMProcessor
 from iomm_hf.tiny import tiny_encoder, tiny_processor
 from iomm_hf.training.checkpoints import whole_folder, write_json
-from iomm_hf.training.stage0 import Budget
+from iomm_hf.training.stage0 import Budget, check_budget
 
 
 QUESTION = "Describe the image."
@@ -43,9 +45,9 @@ class VisionConfig:
     num_scenes: int = field(default=8000, metadata={"help": "Scenes to learn from, drawn once."})
     held_out: int = field(default=256, metadata={"help": "Further scenes, kept for the measurement."})
     batch_size: int = field(default=32, metadata={"help": "Scenes a step."})
-    label_steps: int = field(default=100_000, metadata={"help": "Most steps on dense labels."})
-    caption_steps: int = field(default=100_000, metadata={"help": "Most steps on captions."})
-    minutes: float | None = field(default=30.0, metadata={"help": "Time limit of both together."})
+    label_steps: int | None = field(default=None, metadata={"help": "Steps on dense labels; repeatable."})
+    caption_steps: int | None = field(default=None, metadata={"help": "Steps on captions; repeatable."})
+    minutes: float | None = field(default=None, metadata={"help": "Time for both, instead of numbers of steps."})
     caption_share: float = field(default=0.4, metadata={"help": "Share of the minutes for captions, in (0, 1)."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW."})
     seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
@@ -53,11 +55,12 @@ class VisionConfig:
     def __post_init__(self):
         if not 0 < self.caption_share < 1:
             raise ValueError(f"caption_share must be in (0, 1), got {self.caption_share}.")
-        if self.num_scenes < self.batch_size or self.held_out < 1:
+        if not 1 <= self.batch_size <= self.num_scenes or self.held_out < 1:
             raise ValueError(
-                f"num_scenes must be at least the batch_size and held_out at least 1, got {self.num_scenes},"
-                f" {self.batch_size} and {self.held_out}."
+                "batch_size must be between 1 and num_scenes, and held_out at least 1, got"
+                f" {self.batch_size}, {self.num_scenes} and {self.held_out}."
             )
+        check_budget(self.minutes, label_steps=self.label_steps, caption_steps=self.caption_steps)
 
 
 class PatchLabeller(nn.Module):
@@ -155,12 +158,14 @@ def main(config: VisionConfig):
     )
     labeller = PatchLabeller(mllm.model.vision_tower)
     output = Path(config.output_dir)
-    minutes = config.minutes or 0.0
+    minutes = {"labels": None, "captions": None}
+    if config.minutes is not None:
+        captioning = config.minutes * config.caption_share
+        minutes = {"labels": config.minutes - captioning, "captions": captioning}
 
     optimizer = torch.optim.AdamW(labeller.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
     log = output.with_name(f"{output.name}-labels-log.jsonl")
-    share = minutes * (1 - config.caption_share) or None
-    budget = Budget(optimizer, config.label_steps, share, log, "Dense labels", warmup=200)
+    budget = Budget(optimizer, config.label_steps, minutes["labels"], log, "Dense labels", warmup=200)
     for _ in budget:
         chosen = rng.integers(config.num_scenes, size=config.batch_size)
         budget.update(patch_loss(labeller(corpus.pixel_values[chosen]), corpus.labels[chosen]))
@@ -169,9 +174,7 @@ def main(config: VisionConfig):
         chain(mllm.parameters(), labeller.head.parameters()), config.learning_rate, (0.9, 0.95)
     )
     log = output.with_name(f"{output.name}-captions-log.jsonl")
-    budget = Budget(
-        optimizer, config.caption_steps, minutes * config.caption_share or None, log, "Captions", warmup=200
-    )
+    budget = Budget(optimizer, config.caption_steps, minutes["captions"], log, "Captions", warmup=200)
     for _ in budget:
         chosen = rng.integers(config.num_scenes, size=config.batch_size)
         # The labels go on at a low weight, so that the tower keeps what it learned.

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +14,7 @@ from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.streams import SourceConfig, build_stream
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
+from iomm_hf.training.stage0 import Budget
 
 
 def recipe(name: str):
@@ -36,7 +38,7 @@ def losses(log: Path) -> list[float]:
 
 def test_autoencoder_learns_is_normalised_and_repeatable(pictures, tmp_path):
     module = recipe("train_autoencoder")
-    settings = {"images": [pictures], "minutes": None, "max_steps": 100, "batch_size": 4, "held_out": 16}
+    settings = {"images": [pictures], "max_steps": 100, "batch_size": 4, "crop": 16, "held_out": 16}
     hashes = set()
     for name in ("one", "two"):
         module.main(module.AutoencoderConfig(output_dir=str(tmp_path / name), **settings))
@@ -54,13 +56,44 @@ def test_autoencoder_learns_is_normalised_and_repeatable(pictures, tmp_path):
     with torch.no_grad():
         latents = vae.encode(batch / 127.5 - 1).latent_dist.mean
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    assert abs(scaled.mean()) < 0.2 and 0.8 < scaled.std() < 1.2
+    assert abs(scaled.mean()) < 0.2 and 0.8 < scaled.std() < 1.2  # of 32 other pictures
+
+
+def test_a_crop_is_the_busiest_of_its_candidates():
+    module = recipe("train_autoencoder")
+    pictures = torch.full((50, 3, 64, 64), 128, dtype=torch.uint8)
+    pictures[::2, :, ::2] = 0  # every other picture is striped
+    shares = []
+    for candidates in (1, 4):
+        config = module.AutoencoderConfig(images=["x"], max_steps=1, batch_size=200, candidates=candidates)
+        crops = module.random_crops(pictures, config, np.random.default_rng(0))
+        assert crops.shape == (200, 3, 32, 32)
+        shares.append((crops.std((1, 2, 3)) > 0.1).float().mean().item())
+    assert 0.4 < shares[0] < 0.6 and shares[1] > 0.85  # 15 of 16 by chance
+
+
+def test_a_budget_of_minutes_lowers_the_rate_and_ends():
+    weight = torch.nn.Parameter(torch.ones(1))
+    budget = Budget(torch.optim.SGD([weight], lr=1.0), minutes=0.005, warmup=1)
+    rates = []
+    for _ in budget:
+        budget.update(weight.square().sum() * 1e-6)
+        rates.append(budget.optimizer.param_groups[0]["lr"])
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and rates[-1] < 0.2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    weight = torch.nn.Parameter(torch.ones(1))
+    budget = Budget(torch.optim.SGD([weight], lr=1.0), max_steps=5)
+    with pytest.raises(FloatingPointError, match="nan at step 1"):
+        for _ in budget:
+            budget.update(weight.sum() * float("nan"))
+    assert weight.item() == 1
 
 
 def test_vision_warm_up_learns_and_leaves_an_internvl_folder(tmp_path):
     module = recipe("warm_up_vision")
     settings = {
-        "minutes": None,
         "label_steps": 100,
         "caption_steps": 100,
         "num_scenes": 64,
@@ -90,8 +123,18 @@ def test_captions_never_name_what_is_held_out():
     [
         ("train_autoencoder", "AutoencoderConfig", {"images": []}, "at least one source"),
         ("train_autoencoder", "AutoencoderConfig", {"images": ["x"], "crop": 65}, "got 65"),
+        ("train_autoencoder", "AutoencoderConfig", {"images": ["x"], "candidates": 0}, "candidates .* got 0"),
+        ("train_autoencoder", "AutoencoderConfig", {"images": ["x"]}, "either minutes or max_steps"),
+        (
+            "train_autoencoder",
+            "AutoencoderConfig",
+            {"images": ["x"], "max_steps": 9, "minutes": 1.0},
+            "either minutes",
+        ),
+        ("train_autoencoder", "AutoencoderConfig", {"images": ["x"], "minutes": 0.0}, "minutes=0.0"),
         ("warm_up_vision", "VisionConfig", {"caption_share": 1.0}, "got 1.0"),
-        ("warm_up_vision", "VisionConfig", {"num_scenes": 3}, "got 3"),
+        ("warm_up_vision", "VisionConfig", {"num_scenes": 3}, "32, 3 and"),
+        ("warm_up_vision", "VisionConfig", {"label_steps": 9}, "label_steps and caption_steps"),
     ],
 )
 def test_bad_settings_are_refused(name, config, settings, message):
@@ -101,7 +144,14 @@ def test_bad_settings_are_refused(name, config, settings, message):
 
 def test_too_few_pictures_are_refused(pictures, tmp_path):
     module = recipe("train_autoencoder")
-    config = module.AutoencoderConfig(images=[pictures], output_dir=str(tmp_path / "vae"), held_out=100)
+    config = module.AutoencoderConfig(images=[pictures], output_dir=str(tmp_path / "vae"), max_steps=1, held_out=100)
     with pytest.raises(ValueError, match="Only 80 pictures"):
         module.main(config)
     assert not (tmp_path / "vae").exists()
+
+
+def test_crops_that_the_autoencoder_cannot_halve_are_refused(tmp_path):
+    module = recipe("train_autoencoder")
+    config = module.AutoencoderConfig(images=["x"], output_dir=str(tmp_path / "vae"), max_steps=1, crop=30)
+    with pytest.raises(ValueError, match="multiples of the autoencoder's factor 4, got 30 and 64"):
+        module.main(config)

@@ -1,6 +1,8 @@
 """What the two recipes that make the small frozen parts share: a budget of steps or minutes, and a log."""
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,34 +11,46 @@ import torch
 from tqdm.auto import tqdm
 
 
+def check_budget(minutes: float | None, **steps: int | None):
+    """Raises a `ValueError` unless either `minutes` or each number of `steps` is given, and what is given is positive."""
+    given = [value for value in steps.values() if value is not None]
+    if (minutes is None) != (len(given) == len(steps)) or (minutes is not None and given):
+        raise ValueError(f"Give either minutes or {' and '.join(steps)}, got minutes={minutes} and {steps}.")
+    if any(value <= 0 for value in (minutes, *given) if value is not None):
+        raise ValueError(f"A budget must be positive, got minutes={minutes} and {steps}.")
+
+
 class Budget:
     r"""
-    Iterates over the steps of a training that ends after `max_steps` or, if that comes first, `minutes`, and sets the
-    learning rate: linear warm-up, constant, then linear to a twentieth over the last 40 %. Only steps are repeatable.
+    Iterates over the steps of a training that lasts `max_steps` or `minutes`, and sets the learning rate: linear
+    warm-up, constant, then linear to a twentieth over the last 40 %. Only a budget of steps is repeatable: one of
+    minutes ends, and lowers the rate, by the clock.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Whose rate to set; its own rate is the peak.
-        max_steps (`int`): Most steps.
-        minutes (`float`, *optional*): Time limit.
+        max_steps (`int`, *optional*): Number of steps.
+        minutes (`float`, *optional*): Time instead of steps.
         log (`Path`, *optional*): A file that gets a JSON line every 50 steps.
         title (`str`): Name on the progress bar.
 
     Raises:
-        `ValueError`: a budget that is not positive.
+        `ValueError`: both budgets, none, or one that is not positive.
+        `FloatingPointError`: the loss is not finite.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        max_steps: int,
+        max_steps: int | None = None,
         minutes: float | None = None,
         log: Path | None = None,
         title: str = "Training",
         warmup: int = 50,
     ):
-        if max_steps < 1 or (minutes is not None and minutes <= 0):
-            raise ValueError(f"max_steps and minutes must be positive, got {max_steps} and {minutes}.")
-        self.optimizer, self.max_steps, self.minutes, self.log, self.title = optimizer, max_steps, minutes, log, title
+        check_budget(minutes, max_steps=max_steps)
+        self.optimizer, self.log, self.title = optimizer, log, title
+        self.max_steps = math.inf if max_steps is None else max_steps
+        self.max_seconds = math.inf if minutes is None else 60 * minutes
         self.peak, self.warmup = optimizer.param_groups[0]["lr"], warmup
         self.losses: list[float] = []
         if log is not None:
@@ -48,9 +62,9 @@ class Budget:
         bar = tqdm(
             total=100, desc=self.title, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         )
-        for step in range(self.max_steps):
+        for step in itertools.count():
             seconds = time.monotonic() - started
-            done = max(step / self.max_steps, seconds / (60 * self.minutes) if self.minutes is not None else 0.0)
+            done = max(step / self.max_steps, seconds / self.max_seconds)
             if done >= 1:
                 break
             rate = self.peak * min(1.0, (step + 1) / self.warmup, max(0.05, (1 - done) / 0.4))
@@ -71,6 +85,10 @@ class Budget:
     def update(self, loss: torch.Tensor, max_grad_norm: float = 1.0):
         """One optimizer step down `loss`, with clipped gradients."""
         self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            raise FloatingPointError(
+                f"The loss is {self.losses[-1]} at step {len(self.losses)}; nothing was saved. Lower the learning_rate."
+            )
         self.optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
