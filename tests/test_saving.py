@@ -1,6 +1,5 @@
 """Saving and loading is the identity, in every form that a checkpoint takes (Hub repositories: `test_hub.py`)."""
 
-import shutil
 import subprocess
 import sys
 
@@ -80,48 +79,71 @@ def test_lora_of_the_generator(pipe, tmp_path):
 
 
 SAVE = """
-import sys, torch
+import json, pathlib, shutil, sys, torch
+import iomm_hf
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMProcessor
 from iomm_hf.tiny import tiny_pipeline
 
+folder = pathlib.Path(sys.argv[1])
 IOMMConfig.register_for_auto_class()
 IOMMConditionEncoder.register_for_auto_class("AutoModel")
 IOMMProcessor.register_for_auto_class()
 pipe = tiny_pipeline()
-pipe.text_encoder.save_pretrained(sys.argv[1])
-pipe.processor.save_pretrained(sys.argv[1])
+torch.nn.init.normal_(pipe.transformer.proj_out.weight)  # starts at zero: nothing would reach the picture
+pipe.save_pretrained(folder)
+index = json.loads((folder / "model_index.json").read_text())
+index |= {
+    "_class_name": ["pipeline_iomm", "IOMMPipeline"],
+    "text_encoder": ["modeling_iomm", "IOMMConditionEncoder"],
+    "processor": ["processing_iomm", "IOMMProcessor"],
+}
+(folder / "model_index.json").write_text(json.dumps(index))
+for name in ("pipeline_iomm", "generators", "modeling_iomm", "processing_iomm"):
+    shutil.copy(pathlib.Path(iomm_hf.__file__).parent / f"{name}.py", folder)
 inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
-torch.save(pipe.text_encoder(**inputs).condition.detach(), sys.argv[1] + "/expected.pt")
+expected = {
+    "condition": pipe.text_encoder(**inputs).condition.detach(),
+    "picture": pipe("a star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images,
+}
+torch.save(expected, folder / "expected.pt")
 """
 LOAD = """
 import sys
 sys.modules["iomm_hf"] = None  # as if it were not installed
 import torch
+from diffusers import DiffusionPipeline
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+folder = sys.argv[1]
+expected = torch.load(folder + "/expected.pt", weights_only=True)
+model = AutoModel.from_pretrained(folder + "/text_encoder", trust_remote_code=True, dtype=torch.float32)
+processor = AutoProcessor.from_pretrained(folder + "/processor", trust_remote_code=True)
 condition = model(**processor.encode([processor.text_to_image("a star")])).condition
-assert torch.equal(condition, torch.load(sys.argv[1] + "/expected.pt", weights_only=True))
+assert torch.equal(condition, expected["condition"])
 assert "iomm_hf" not in type(model).__module__ and not model.mllm.training
-try:
-    AutoModel.from_pretrained(sys.argv[1])
-except ValueError as error:
-    assert "trust_remote_code" in str(error)
-else:
-    raise AssertionError("remote code ran without being trusted")
+
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+picture = pipe("a star", num_inference_steps=2, generator=generator, output_type="pt").images
+assert torch.equal(picture, expected["picture"])
+assert "iomm_hf" not in type(pipe).__module__ and "iomm_hf" not in type(pipe.text_encoder).__module__
+
+for load in (lambda: AutoModel.from_pretrained(folder + "/text_encoder"), lambda: DiffusionPipeline.from_pretrained(folder)):
+    try:
+        load()
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    else:
+        raise AssertionError("remote code ran without being trusted")
 """
 
 
-def test_remote_code_of_encoder_and_processor(tmp_path, monkeypatch):
-    """Code beside the weights gives the same condition where iomm-hf is not installed."""
+def test_remote_code_of_the_pipeline_and_its_parts(tmp_path, monkeypatch):
+    """Code beside the weights gives the same condition and picture where iomm-hf is not installed."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
-    folder.mkdir()
     for script in (SAVE, LOAD):
         done = subprocess.run(
             [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    assert {path.name for path in folder.glob("*.py")} == {"modeling_iomm.py", "processing_iomm.py"}
-    shutil.rmtree(tmp_path / "modules", ignore_errors=True)
