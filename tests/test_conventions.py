@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from PIL import Image
 
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMPipeline, IOMMProcessor
@@ -219,6 +219,21 @@ def test_caches_of_the_generator_work_and_leave_no_trace(pipe):
     assert torch.equal(draw_slowly(), expected)
 
 
+def test_pyramid_attention_broadcast_reads_the_running_step(pipe):
+    times = []
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 800),
+        current_timestep_callback=lambda: times.append(pipe.current_timestep) or pipe.current_timestep,
+    )
+    expected = draw(pipe, "a star", latents=noise(1), num_inference_steps=4)
+    pipe.transformer.enable_cache(config)
+    skipping = draw(pipe, "a star", latents=noise(1), num_inference_steps=4)
+    pipe.transformer.disable_cache()
+    assert sorted(set(map(float, times)), reverse=True) == [1000.0, 750.0, 500.0, 250.0]
+    assert pipe.current_timestep is None and (skipping - expected).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
 def test_group_offload_changes_nothing(pipe, level):
     offloaded = tiny_pipeline()
@@ -241,6 +256,25 @@ def test_each_part_may_have_its_own_dtype(pipe, tmp_path):
     }
 
 
+def test_a_referenced_autoencoder_gets_its_dtype_too(pipe, tmp_path):
+    pipe.text_encoder.mllm.save_pretrained(tmp_path / "mllm")
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    referring = tiny_pipeline()
+    referring.text_encoder.config.mllm_name_or_path = str(tmp_path / "mllm")
+    referring.register_to_config(vae_name_or_path=str(tmp_path / "vae"))
+    referring.save_pretrained(tmp_path / "pipe", include_frozen=False)
+    for dtypes, expected in (({"vae": torch.bfloat16}, torch.bfloat16), ({"default": torch.float16}, torch.float16)):
+        assert IOMMPipeline.from_pretrained(tmp_path / "pipe", dtype=dtypes).vae.dtype == expected
+
+
+def test_reference_pictures_as_arrays_and_tensors(pipe):
+    array = np.random.default_rng(0).random((1, 64, 64, 3), dtype=np.float32)
+    array = np.round(array * 255) / np.float32(255)
+    expected = draw(pipe, "a star", image=Image.fromarray((array[0] * 255).round().astype(np.uint8)), latents=noise(1))
+    for image in (array, torch.from_numpy(array).permute(0, 3, 1, 2)):
+        assert torch.equal(draw(pipe, "a star", image=image, latents=noise(1)), expected)
+
+
 def test_variants_of_the_weights(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     with pytest.raises((OSError, ValueError)):
@@ -260,6 +294,22 @@ def test_attention_of_the_mllm_is_a_choice(pipe):
         encoder.set_attn_implementation("eager")
         assert encoder.mllm.model.language_model.config._attn_implementation == "eager"
         assert (encoder(**inputs).condition - expected).abs().max() < 1e-4
+
+
+def test_hidden_states_of_the_query_rows(pipe):
+    encoder = pipe.text_encoder
+    inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
+    layers = encoder.config.get_text_config().num_hidden_layers
+    with torch.no_grad():
+        assert encoder(**inputs).hidden_states is None
+        output = encoder(**inputs, output_hidden_states=True)
+        assert len(output.hidden_states) == layers + 1
+        assert all(states.shape == (1, 16, 128) for states in output.hidden_states)
+        assert torch.equal(output.hidden_states[-1], output.condition)
+        some = encoder(**inputs, output_hidden_states=[0, -1]).hidden_states
+        assert torch.equal(some[0], output.hidden_states[0]) and some[1] is None and some[-1] is not None
+        as_tuple = encoder(**inputs, output_hidden_states=1, return_dict=False)
+    assert torch.equal(as_tuple[0], output.condition) and torch.equal(as_tuple[1][1], output.hidden_states[1])
 
 
 def test_unknown_inputs_of_the_model_are_refused(pipe):

@@ -285,8 +285,8 @@ def test_bad_inputs_are_refused_with_the_numbers(make_encoder, batch, processor,
         encoder(**batch | {"pixel_values": batch["pixel_values"][:2]})
     with pytest.raises(ValueError, match="image tokens only"):
         encoder(**batch, image_mask=torch.ones_like(batch["input_ids"], dtype=torch.bool))
-    with pytest.raises(ValueError, match="longer than the 512"):
-        encoder(**processor.encode([processor.text_to_image("circle " * 600)]))
+    with pytest.raises(ValueError, match="longer than the 1024"):
+        encoder(**processor.encode([processor.text_to_image("circle " * 1200)]))
 
 
 @pytest.mark.parametrize(

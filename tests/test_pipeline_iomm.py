@@ -146,7 +146,7 @@ def test_understanding_answers_through_the_same_encoder(pipe, images):
         ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 8)}, r"shape \(1, 4, 16, 16\), got \(1, 4, 8, 8\)"),
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "2 generators .* batch of 1"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\]"),
-        ({"prompt": "circle " * 600}, "longer than the 512"),
+        ({"prompt": "circle " * 1200}, "longer than the 1024"),
     ],
 )
 def test_bad_input_is_refused_with_the_value(pipe, arguments, message):

@@ -23,7 +23,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -112,10 +111,13 @@ class IOMMConditionOutput(ModelOutput):
         What the generator is conditioned on (the paper's `h`).
     condition_mask (`torch.BoolTensor` of shape `(batch_size, num_rows)`, *optional*):
         False on rows that are padding. `None` where every row is valid, as always with `condition_tokens="queries"`.
+    hidden_states (`tuple(torch.FloatTensor)` of shape `(batch_size, num_queries, hidden_size)`, *optional*):
+        The query rows before the MLLM's first layer and after each one; with `output_hidden_states`.
     """
 
     condition: torch.Tensor | None = None
     condition_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
 
 class IOMMAttention(nn.Module):
@@ -418,6 +420,8 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_mask: torch.BoolTensor | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> IOMMConditionOutput | tuple:
         r"""
@@ -430,6 +434,10 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 The images of the batch, in the order of their tokens.
             image_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 True on image tokens to hide, as drawn by [`draw_image_mask`]; `config.mask_mode` says how.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return the query rows of all layers, or of these only; defaults to the config's.
+            output_attentions (`bool`, *optional*):
+                Accepted, as of every model of transformers; no attentions are returned.
 
         Raises:
             `ValueError`: image tokens and images do not match, or a sequence is longer than the MLLM takes.
@@ -460,23 +468,34 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         queries = self.adapter(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
         query_mask = mask.new_ones(len(mask), num_queries)
         query_positions = lengths + torch.arange(num_queries, device=lengths.device)  # (B, Q)
-        condition = self._run_queries(queries, torch.cat([mask, query_mask], dim=1), query_positions, cache)
+        hidden_states = self._run_queries(queries, torch.cat([mask, query_mask], dim=1), query_positions, cache)
 
+        condition = hidden_states[-1]
         condition_mask = None
         if self.config.condition_tokens == "all":
             condition = torch.cat([prefix, condition], dim=1)
             condition_mask = torch.cat([mask, query_mask], dim=1)
         for layer in self.connector:
             condition = self._checkpointed(layer, condition, condition_mask)
-        if not return_dict:
-            return (condition, condition_mask) if condition_mask is not None else (condition,)
-        return IOMMConditionOutput(condition=condition, condition_mask=condition_mask)
+
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if isinstance(wanted, bool):
+            kept = set(range(len(hidden_states))) if wanted else set()
+        else:
+            kept = {i % len(hidden_states) for i in ([wanted] if isinstance(wanted, int) else wanted)}
+        output = IOMMConditionOutput(
+            condition=condition,
+            condition_mask=condition_mask,
+            hidden_states=tuple(s if i in kept else None for i, s in enumerate(hidden_states)) if kept else None,
+        )
+        return output if return_dict else output.to_tuple()
 
     def _run_queries(
         self, queries: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
-        """The MLLM's layers over the query rows, which see the cached prefix. transformers would drop the cache under
-        its own checkpointing (wrong by 0.12), hence the loop and the read-only prefix."""
+    ) -> list[torch.Tensor]:
+        """The MLLM's layers over the query rows, which see the cached prefix: the rows before the first layer and after
+        each one. transformers would drop the cache under its own checkpointing (wrong by 0.12), hence the loop and the
+        read-only prefix."""
         language_model = self.mllm.model.language_model
         prefix = Cache(layers=[PrefixLayer(layer) for layer in cache.layers])
         causal_mask = create_causal_mask(
@@ -487,6 +506,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
             position_ids=positions,
         )
         rotary = language_model.rotary_emb(queries, positions)
+        hidden_states = [queries]
         for layer in language_model.layers:
             run = partial(
                 layer,
@@ -496,12 +516,13 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 past_key_values=prefix,
                 use_cache=True,
             )
-            queries = self._checkpointed(run, queries)
-        return language_model.norm(queries)
+            hidden_states.append(self._checkpointed(run, hidden_states[-1]))
+        hidden_states[-1] = language_model.norm(hidden_states[-1])
+        return hidden_states
 
     def _checkpointed(self, function, *args) -> torch.Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
+            return self._gradient_checkpointing_func(function, *args)
         return function(*args)
 
     @property

@@ -266,6 +266,11 @@ class IOMMPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's time of the running step, which diffusers' attention caches read; `None` between pictures."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
@@ -277,7 +282,7 @@ class IOMMPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: Image.Image | list[Image.Image] | None = None,
+        image: Image.Image | list[Image.Image] | np.ndarray | torch.Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -302,7 +307,8 @@ class IOMMPipeline(DiffusionPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to draw, or with `image` what to change.
-            image (`PIL.Image.Image` or a list, *optional*): Reference to edit; without a prompt, to vary.
+            image (`PIL.Image.Image` or a list, `np.ndarray` (batch, height, width, 3) or `torch.Tensor` (batch, 3, height,
+                width) in [0, 1], *optional*): Reference to edit; without a prompt, to vary.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Defaults to the
                 unconditional instruction that training used.
             height, width (`int`, *optional*): Size in pixels; defaults to `resolution`.
@@ -331,11 +337,12 @@ class IOMMPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        references = as_pil(image)
         height = height or self.resolution
         width = width or self.resolution
         self.check_inputs(
             prompt,
-            image,
+            references,
             negative_prompt,
             prompt_embeds,
             prompt_embeds_mask,
@@ -348,13 +355,14 @@ class IOMMPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
         self._interrupt = False
         device = self._execution_device
 
         # 1. Conditions
         prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
             prompt=prompt,
-            image=image,
+            image=references,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
             num_images_per_prompt=num_images_per_prompt,
@@ -376,12 +384,12 @@ class IOMMPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
 
-        # 3. Both branches of guidance run as one batch, conditional first.
+        # 3. Both branches of guidance run as one batch, the conditional one last, as diffusers' caches expect.
         condition, condition_mask = prompt_embeds, prompt_embeds_mask
         guided = negative_prompt_embeds is not None
         if negative_prompt_embeds is not None:
             condition, condition_mask = join_conditions(
-                prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+                negative_prompt_embeds, negative_prompt_embeds_mask, prompt_embeds, prompt_embeds_mask
             )
 
         # 4. From noise to image
@@ -390,6 +398,7 @@ class IOMMPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = t
                 inputs = torch.cat([latents] * 2) if guided else latents
                 timestep = (t / self.scheduler.config.num_train_timesteps).expand(len(inputs)).to(dtype)
                 # diffusers' caches, such as First Block Cache, want each call of the denoiser named.
@@ -403,19 +412,20 @@ class IOMMPipeline(DiffusionPipeline):
                         self.attention_kwargs,
                     ).float()
                 if guided:
-                    velocity, negative = velocity.chunk(2)
+                    negative, velocity = velocity.chunk(2)
                     # read anew at each step, since a callback may change it
                     velocity = negative + self.guidance_scale * (velocity - negative)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": condition[:batch_size]}
+                    tensors = {"latents": latents, "prompt_embeds": condition[-batch_size:]}
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, chosen)
                     latents = changed.pop("latents", latents)
                     if "prompt_embeds" in changed:
-                        condition = torch.cat([changed.pop("prompt_embeds"), condition[batch_size:]])
+                        condition = torch.cat([condition[:-batch_size], changed.pop("prompt_embeds")])
                 progress_bar.update()
+        self._current_timestep = None
 
         # 5. Pictures
         if output_type == "latent":
@@ -471,9 +481,10 @@ class IOMMPipeline(DiffusionPipeline):
                     f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
                     f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
                 )
-            kwargs["vae"] = AutoencoderKL.from_pretrained(
-                vae_folder, dtype=kwargs.get("dtype") or kwargs.get("torch_dtype")
-            )
+            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+            if isinstance(dtype, dict):  # one for each part
+                dtype = dtype.get("vae", dtype.get("default"))
+            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=dtype)
         return super().from_pretrained(folder, **kwargs)
 
     @classmethod
@@ -485,6 +496,17 @@ class IOMMPipeline(DiffusionPipeline):
         return snapshot_download(
             str(pretrained_model_name), allow_patterns=PIPELINE_FILES, ignore_patterns=["state/*"], **options
         )
+
+
+def as_pil(
+    image: Image.Image | list[Image.Image] | np.ndarray | torch.Tensor | None,
+) -> Image.Image | list[Image.Image] | None:
+    """Arrays (B, H, W, 3) and tensors (B, 3, H, W) in [0, 1] as a list of pictures; anything else as it is."""
+    if isinstance(image, torch.Tensor):
+        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))
+    if isinstance(image, np.ndarray):
+        return VaeImageProcessor.numpy_to_pil(image)
+    return image
 
 
 def join_conditions(

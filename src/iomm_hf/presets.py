@@ -88,7 +88,7 @@ PRESETS = {
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "intermediate_size": 384,
-                "max_position_embeddings": 512,
+                "max_position_embeddings": 1024,
                 "tie_word_embeddings": True,
             },
             "image_seq_length": 16,
