@@ -4,6 +4,8 @@ Write a corpus of the shapes world as a Hub dataset.
     python recipes/make_shapes.py --output_dir data/shapes-pairs --num_samples 20000
     python recipes/make_shapes.py --output_dir data/shapes-images --num_samples 100000 --seed 1 --captions False
 
+    python recipes/make_shapes.py --output_dir data/shapes-chat --num_samples 60000 --layout chat
+
 A YAML file with the same keys is read with `--config`.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from iomm_hf.data.shapes import TASKS
+from iomm_hf.data.shapes_chat import write_chat
 from iomm_hf.data.shapes_writer import write_shards
 
 
@@ -22,7 +25,10 @@ class ShapesArguments:
     seed: int = field(default=0, metadata={"help": "The corpus; two seeds share no scene."})
     image_size: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
     captions: bool = field(default=True, metadata={"help": "Write captions, or pictures alone."})
-    layout: str = field(default="webdataset", metadata={"help": "`webdataset` or `parquet`."})
+    layout: str = field(
+        default="webdataset",
+        metadata={"help": "`webdataset`, `parquet`, or `chat`: questions and answers, for sft_mllm.py."},
+    )
     samples_per_shard: int = field(default=2500, metadata={"help": "Samples of all shards but the last."})
     tasks: list[str] = field(
         default_factory=lambda: list(TASKS),
@@ -35,6 +41,15 @@ class ShapesArguments:
 
 
 def main(args: ShapesArguments) -> None:
+    if args.layout == "chat":
+        write_chat(
+            args.output_dir,
+            args.num_samples,
+            seed=args.seed,
+            image_size=args.image_size,
+            samples_per_shard=args.samples_per_shard,
+        )
+        return
     write_shards(
         args.output_dir,
         args.num_samples,

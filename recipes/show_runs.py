@@ -2,6 +2,7 @@
 
     python recipes/show_runs.py --runs outputs/mine/stage1 outputs/mine/stage2 --prompts "a red circle" "two stars" \
         --images held_out_pictures/ --output_dir outputs/mine
+    python recipes/show_runs.py --logs outputs/shapes/vae-log.jsonl outputs/shapes/vision-log.jsonl --output_dir outputs/shapes
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.images import resize_and_crop
 from iomm_hf.data.streams import build_stream
-from iomm_hf.evaluation.figures import draw_sheet, plot_losses
+from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses
 from iomm_hf.training.config import as_source
 
 
@@ -23,19 +24,25 @@ class ShowConfig:
     runs: list[str] = field(default_factory=list, metadata={"help": "Folders of finished runs, in order."})
     prompts: list[str] = field(default_factory=list, metadata={"help": "What to draw."})
     images: list[str] = field(default_factory=list, metadata={"help": "Sources of eight reference pictures to vary."})
+    logs: list[str] = field(default_factory=list, metadata={"help": "Logs of stage 0, for curves.png."})
     output_dir: str = field(default="outputs", metadata={"help": "Folder for loss.png, sheet.png and variations.png."})
     num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
     seed: int = field(default=0, metadata={"help": "Noise of the first column; the next ones count on."})
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("Give at least one finished run: --runs FOLDER.")
+        if not self.runs and not self.logs:
+            raise ValueError("Give finished runs, --runs FOLDER, or logs of stage 0, --logs FILE.")
 
 
 def main(config: ShowConfig):
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    if config.logs:
+        plot_logs(config.logs, output / "curves.png")
+    if not config.runs:
+        print(f"Wrote {output / 'curves.png'}")
+        return
     plot_losses({Path(run).name: run for run in config.runs}, output / "loss.png")
     pipes = {Path(run).name: IOMMPipeline.from_pretrained(Path(run) / "final") for run in config.runs}
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from iomm_hf import IOMMPipeline
 from iomm_hf.modeling_iomm import hash_weight_files
-from iomm_hf.pipeline_iomm import decode_latents, encode_images, join_conditions
+from iomm_hf.pipeline_iomm import decode_latents, draw_latents, join_conditions
 from iomm_hf.tiny import tiny_pipeline
 
 
@@ -76,10 +76,10 @@ def test_latents_are_scaled_and_shifted_both_ways(pipe):
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-        latents = encode_images(vae, pixels)
+        latents = draw_latents(vae, posterior)
         assert torch.allclose(latents, (posterior.mean - 0.25) * 2)
         noise = torch.randn_like(latents)
-        assert torch.allclose(encode_images(vae, pixels, noise), (posterior.mean + posterior.std * noise - 0.25) * 2)
+        assert torch.allclose(draw_latents(vae, posterior, noise), (posterior.mean + posterior.std * noise - 0.25) * 2)
         assert torch.allclose(decode_latents(vae, latents), vae.decode(posterior.mean).sample, atol=1e-5)
 
 

@@ -17,6 +17,7 @@ _EXPORTS = {
     "IOMMPipeline": "pipeline_iomm",
     "predict_velocity": "generators",
     "get_preset": "presets",
+    "shipped_model": "shipped",
 }
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .pipeline_iomm import IOMMPipeline
     from .presets import get_preset
     from .processing_iomm import IOMMProcessor
+    from .shipped import shipped_model
 
 __all__ = [
     "IOMMConditionEncoder",
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "get_preset",
     "predict_velocity",
+    "shipped_model",
 ]
 
 

@@ -376,28 +376,36 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     def image_token_id(self) -> int:
         return self.config.mllm_config.image_token_id
 
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, h, w) as the language model reads them: the paper's `c_img = v(x)`, (N, P * P, D)."""
+        return self.mllm.model.get_image_features(pixel_values).pooler_output
+
     def embed(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The sequence `c` as the MLLM reads it: embeddings (B, L, D), mask (B, L) and positions (B, L). With
         `mask_mode="drop"` the hidden tokens are gone from it, so L shrinks while positions keep their gaps."""
         is_image = input_ids == self.image_token_id
         embeddings = self.get_input_embeddings()(input_ids)
         num_image_tokens = int(is_image.sum())
-        if pixel_values is None and num_image_tokens:
-            raise ValueError(f"input_ids hold {num_image_tokens} image tokens, but no pixel_values were given.")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("image_features are what the vision tower makes of pixel_values: give one or the other.")
         if pixel_values is not None:
-            features = self.mllm.model.get_image_features(pixel_values).pooler_output  # (images, P * P, D)
-            if num_image_tokens != features.shape[0] * features.shape[1]:
+            image_features = self.image_features(pixel_values)
+        if image_features is None and num_image_tokens:
+            raise ValueError(f"input_ids hold {num_image_tokens} image tokens, but no pixel_values were given.")
+        if image_features is not None:
+            if num_image_tokens != image_features.shape[0] * image_features.shape[1]:
                 raise ValueError(
-                    f"input_ids hold {num_image_tokens} image tokens, but pixel_values give {features.shape[0]} x"
-                    f" {features.shape[1]}. Were they prepared together by the processor?"
+                    f"input_ids hold {num_image_tokens} image tokens, but pixel_values give {image_features.shape[0]} x"
+                    f" {image_features.shape[1]}. Were they prepared together by the processor?"
                 )
-            embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+            embeddings = embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
 
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         if image_mask is None:
@@ -420,6 +428,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_mask: torch.BoolTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -434,6 +443,8 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 The images of the batch, in the order of their tokens.
             image_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 True on image tokens to hide, as drawn by [`draw_image_mask`]; `config.mask_mode` says how.
+            image_features (`torch.FloatTensor` of shape `(num_images, tokens, hidden_size)`, *optional*):
+                In place of `pixel_values`, what [`~IOMMConditionEncoder.image_features`] made of them before.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Whether to return the query rows of all layers, or of these only; defaults to the config's.
             output_attentions (`bool`, *optional*):
@@ -455,7 +466,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
 
         # The prefix: frozen from end to end, so it needs no graph.
         with torch.no_grad():
-            embeddings, mask, positions = self.embed(input_ids, mask.bool(), pixel_values, image_mask)
+            embeddings, mask, positions = self.embed(input_ids, mask.bool(), pixel_values, image_mask, image_features)
             cache = DynamicCache()
             prefix = self.mllm.model.language_model(
                 inputs_embeds=embeddings,
@@ -570,15 +581,16 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         Raises:
             `OSError`: the checkpoint is incomplete, its MLLM is not found, or is not the one it was trained with.
         """
+        # transformers would call a left-out MLLM newly initialised; what is missing raises below. A filter and not a level:
+        # at a higher level transformers prints its whole tensor-parallel plan.
         report = logging.getLogger("transformers.modeling_utils")
-        level = report.level
-        report.setLevel(logging.ERROR)  # it would call a left-out MLLM newly initialised; what is missing raises below
+        report.addFilter(silence)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         finally:
-            report.setLevel(level)
+            report.removeFilter(silence)
         missing = set(info["missing_keys"])
         redrawn = sorted(name for name, *_ in info["mismatched_keys"] if name.startswith("mllm."))
         if redrawn:  # possible only with `ignore_mismatched_sizes=True`
@@ -614,6 +626,10 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         device, dtype = self.adapter.queries.device, self.adapter.queries.dtype
         self.mllm.to("meta")  # frees the placeholders before the real weights arrive
         self.mllm = load_mllm(folder, dtype=dtype).to(device)
+
+
+def silence(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def load_mllm(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

@@ -23,6 +23,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
@@ -465,7 +466,8 @@ class IOMMPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "IOMMPipeline":
         r"""
-        Loads a pipeline from a folder or a Hub id. Frozen parts that were left out come from their references.
+        Loads a pipeline from a folder or a Hub id. Frozen parts that were left out come from their references. Without
+        `dtype` all parts are float32, as diffusers' are: transformers alone would keep the file's.
 
         Raises:
             `OSError`: a part is found nowhere, or is not the one that this checkpoint was trained with.
@@ -473,6 +475,8 @@ class IOMMPipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(cls.download(pretrained_model_name_or_path, **kwargs))
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
         index = cls.load_config(folder)
         if "vae" not in kwargs and index["vae"][0] is None and index.get("vae_name_or_path") is not None:
             vae_folder = resolve_frozen(index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"])
@@ -481,7 +485,7 @@ class IOMMPipeline(DiffusionPipeline):
                     f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
                     f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
                 )
-            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             if isinstance(dtype, dict):  # one for each part
                 dtype = dtype.get("vae", dtype.get("default"))
             kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=dtype)
@@ -526,9 +530,10 @@ def join_conditions(
     return torch.cat([first, second]), torch.cat([first_mask, second_mask])
 
 
-def encode_images(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> scaled latents: the posterior's mean, or a draw with `noise` of its shape."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+def draw_latents(
+    vae: AutoencoderKL, posterior: DiagonalGaussianDistribution, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """An autoencoder's posterior -> scaled latents (B, C, h, w): its mean, or a draw with `noise` of its shape."""
     latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 

@@ -16,6 +16,7 @@ from transformers import InternVLConfig, PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from .data.shapes import TASKS, list_metadata
+from .data.shapes_chat import instructions
 from .modeling_iomm import IOMMConditionEncoder, IOMMConfig
 from .pipeline_iomm import IOMMPipeline
 from .presets import PRESETS, Preset, build_transformer
@@ -51,20 +52,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
+        model_max_length=1024,
         extra_special_tokens=IMAGE_TOKENS,
     )
 
 
 @cache
 def shapes_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the shapes world, trained on its captions and on every instruction."""
+    """The tokenizer of the shapes world, trained on its captions, questions, edits and on every instruction."""
     processor_defaults = inspect.signature(IOMMProcessor.__init__).parameters
-    instructions = [
+    wordings = [
         parameter.default for name, parameter in processor_defaults.items() if name.endswith(("_template", "_prompt"))
     ]
     captions = [metadata["prompt"] for task in TASKS for metadata in list_metadata(task, show_held_out=False)]
-    return train_tokenizer([*captions, *filter(None, instructions)])
+    return train_tokenizer([*captions, *instructions(), *filter(None, wordings)])
 
 
 def tiny_processor(preset: Preset = PRESETS["tiny"]) -> IOMMProcessor:

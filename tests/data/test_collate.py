@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iomm_hf.data.cache import Cached
 from iomm_hf.data.collate import IOMMCollator, sample_seed
 
 
@@ -10,7 +11,14 @@ from iomm_hf.data.collate import IOMMCollator, sample_seed
 def samples(images):
     captions = [None, "a red circle", None, "two stars"]
     return [
-        {"key": f"source/0/{i}", "epoch": 0, "image": image, "caption": caption, "skipped": {"too_small": i}}
+        {
+            "key": f"source/0/{i}",
+            "epoch": 0,
+            "image": image,
+            "caption": caption,
+            "cached": None,
+            "skipped": {"too_small": i},
+        }
         for i, (image, caption) in enumerate(zip(images, captions, strict=True))
     ]
 
@@ -69,3 +77,16 @@ def test_seeds_differ_by_run_key_and_epoch_and_fit_a_generator():
 def test_a_dropout_that_is_no_share_is_refused(processor):
     with pytest.raises(ValueError, match=r"\[0, 1\], got 1.5"):
         IOMMCollator(processor, resolution=32, condition_dropout=1.5)
+
+
+def test_cached_samples_replace_pixels_and_are_not_mixed_with_others(processor, samples):
+    cached = [
+        sample | {"cached": Cached(torch.full((4, 8, 8), i), torch.zeros(4, 8, 8), torch.full((16, 128), i))}
+        for i, sample in enumerate(samples)
+    ]
+    batch = IOMMCollator(processor, resolution=32, condition_dropout=0.0)(cached)
+    assert "pixels" not in batch and "pixel_values" not in batch
+    assert batch["latent_mean"][:, 0, 0, 0].tolist() == [0, 1, 2, 3] and batch["latent_logvar"].shape == (4, 4, 8, 8)
+    assert batch["image_features"][:, 0, 0].tolist() == [0, 2]  # of the two that are looked at
+    with pytest.raises(ValueError, match="precompute all of them, or none"):
+        IOMMCollator(processor, resolution=32)([cached[0], samples[1]])

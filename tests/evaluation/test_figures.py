@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from iomm_hf.evaluation.figures import draw_sheet, plot_losses
+from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses
 
 
 def test_a_sheet_has_a_row_a_model_and_a_column_a_prompt(tmp_path, images):
@@ -23,3 +23,18 @@ def test_losses_of_several_runs_share_a_plot(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("\n".join(rows))
     plot_losses({name: tmp_path / name for name in ("stage1", "stage2")}, tmp_path / "loss.png")
     assert len(Image.open(tmp_path / "loss.png").convert("RGB").getcolors(100_000)) > 3  # two curves, axes, white
+
+
+def test_each_log_of_stage_0_has_its_panel(tmp_path):
+    log = tmp_path / "vae-log.jsonl"
+    log.write_text("\n".join(json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 9)))
+    plot_logs([log], tmp_path / "one.png")
+    plot_logs([log, log], tmp_path / "two.png")
+    assert Image.open(tmp_path / "two.png").width == 2 * Image.open(tmp_path / "one.png").width
+
+
+def test_a_sheet_may_have_a_prompt_over_each_picture(tmp_path, images):
+    titles = {"one": ["a", "b", "c", "d"], "two": ["e", "f", "g", "h"]}
+    draw_sheet({"one": images, "two": images}, titles, tmp_path / "sheet.png")
+    with pytest.raises(KeyError):
+        draw_sheet({"three": images}, titles, tmp_path / "never.png")

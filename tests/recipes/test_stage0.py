@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from iomm_hf import IOMMProcessor
 from iomm_hf.data.images import to_tensor
+from iomm_hf.data.shapes_chat import write_chat
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.streams import SourceConfig, build_stream
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
@@ -91,31 +93,50 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     assert weight.item() == 1
 
 
-def test_vision_warm_up_learns_and_leaves_an_internvl_folder(tmp_path):
-    module = recipe("warm_up_vision")
-    settings = {
-        "label_steps": 100,
-        "caption_steps": 100,
-        "num_scenes": 64,
-        "held_out": 8,
-        "batch_size": 4,
-    }
-    output = tmp_path / "mllm"
-    module.main(module.VisionConfig(output_dir=str(output), **settings))
-    for log in ("mllm-labels-log.jsonl", "mllm-captions-log.jsonl"):
-        first, second = losses(tmp_path / log)
-        assert second < 0.9 * first, log
-    assert json.loads((output / "summary.json").read_text())["patch_colors"] > 0.2  # one in eight by chance
-    processor = IOMMProcessor.from_pretrained(output)
-    mllm = load_mllm(output)
+def test_vision_warm_up_learns_and_leaves_an_internvl_folder(tmp_path, vision):
+    first, second = losses(vision.with_name("vision-log.jsonl"))
+    assert second < 0.9 * first
+    summary = json.loads((vision / "summary.json").read_text())
+    assert summary["colors_right"] > 0.2 and summary["object_patches"] > 50  # one in eight by chance
+    processor = IOMMProcessor.from_pretrained(vision)
+    mllm = load_mllm(vision)
     assert not mllm.training and processor.image_token_id == mllm.config.image_token_id
 
 
-def test_captions_never_name_what_is_held_out():
-    from iomm_hf.data.shapes import HELD_OUT_COLOR_PAIRS, corpus_scene, describe
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    module = recipe("warm_up_vision")
+    output = tmp_path_factory.mktemp("stage0") / "vision"
+    settings = {"max_steps": 100, "num_scenes": 64, "held_out": 8, "batch_size": 4}
+    module.main(module.VisionConfig(output_dir=str(output), **settings))
+    return output
 
-    captions = [describe(corpus_scene(0, i)[0]) for i in range(500)]
-    assert not [text for text in captions if any(f"{color} {shape}" in text for color, shape in HELD_OUT_COLOR_PAIRS)]
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
+    module = recipe("sft_mllm")
+    write_chat(tmp_path / "chat", 64)
+    settings = ["--model_name_or_path", str(vision), "--dataset_name", str(tmp_path / "chat")]
+    settings += ["--output_dir", str(tmp_path / "mllm"), "--max_steps", "20", "--per_device_train_batch_size", "4"]
+    settings += ["--learning_rate", "3e-3", "--warmup_steps", "2", "--logging_steps", "10", "--save_strategy", "steps"]
+    settings += ["--dataloader_num_workers", "0"]
+    if lora:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        settings += ["--use_peft", "--lora_r", "8", "--lora_target_modules", *targets]
+    config = str(Path(__file__).parents[2] / "recipes/configs/shapes-mllm.yaml")
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    module.main(*parser.parse_args_and_config(["--config", config, *settings]))
+
+    (checkpoint,) = (tmp_path / "mllm").glob("checkpoint-*")
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert log[1]["loss"] < log[0]["loss"]
+    before, after = load_mllm(vision).state_dict(), load_mllm(tmp_path / "mllm/final").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    tower = {name for name in before if "vision_tower" in name and "lambda" not in name}
+    attention = {name for name in changed if "language_model" in name and "q_proj.weight" in name}
+    assert attention and (not any("embed_tokens" in name for name in changed) if lora else changed & tower)
+    assert IOMMProcessor.from_pretrained(tmp_path / "mllm/final").image_seq_length == 16
 
 
 @pytest.mark.parametrize(
@@ -132,9 +153,8 @@ def test_captions_never_name_what_is_held_out():
             "either minutes",
         ),
         ("train_autoencoder", "AutoencoderConfig", {"images": ["x"], "minutes": 0.0}, "minutes=0.0"),
-        ("warm_up_vision", "VisionConfig", {"caption_share": 1.0}, "got 1.0"),
         ("warm_up_vision", "VisionConfig", {"num_scenes": 3}, "32, 3 and"),
-        ("warm_up_vision", "VisionConfig", {"label_steps": 9}, "label_steps and caption_steps"),
+        ("warm_up_vision", "VisionConfig", {"max_steps": 9, "minutes": 1.0}, "either minutes or max_steps"),
     ],
 )
 def test_bad_settings_are_refused(name, config, settings, message):

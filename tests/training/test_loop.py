@@ -4,6 +4,7 @@ import io
 import json
 import resource
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from iomm_hf import IOMMPipeline
+from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
@@ -252,7 +253,7 @@ def test_a_caption_longer_than_the_mllm_takes_is_skipped_and_counted(settings, p
     ("change", "message"),
     [
         ({"preset": "huge"}, "'huge'"),
-        ({"mllm": None}, "no published mllm"),
+        ({"preset": "base", "mllm": None}, "OpenGVLab/InternVL3-2B-hf"),
         ({"mllm": "/nowhere/mllm"}, "/nowhere/mllm"),
         ({"resolution": 60}, "multiple of 8, got 60"),
         ({"images": ["/nowhere/images"]}, "/nowhere/images"),
@@ -262,3 +263,43 @@ def test_a_caption_longer_than_the_mllm_takes_is_skipped_and_counted(settings, p
 def test_what_cannot_be_built_is_refused_with_the_value(settings, change, message):
     with pytest.raises((ValueError, OSError), match=message):
         train(PretrainConfig(**settings | change))
+
+
+def test_frozen_parts_of_tiny_come_with_the_package_and_stay_beside_the_run(settings):
+    own = {key: value for key, value in settings.items() if key not in ("mllm", "vae")}
+    final = train(PretrainConfig(**own | {"max_steps": 2, "save_every": 1}))
+    shipped, pipe = IOMMPipeline.from_pretrained(shipped_model()), IOMMPipeline.from_pretrained(final)
+    for one, two in ((shipped.text_encoder.mllm, pipe.text_encoder.mllm), (shipped.vae, pipe.vae)):
+        assert all(torch.equal(weight, two.state_dict()[name]) for name, weight in one.state_dict().items())
+    checkpoint = list_checkpoints(final.parent)[-1]
+    config = IOMMPipeline.from_pretrained(checkpoint).text_encoder.config
+    assert Path(config.mllm_name_or_path) == final.parent.resolve() / "frozen/mllm"
+    assert shipped.transformer.num_parameters() == pipe.transformer.num_parameters()
+
+
+def test_the_best_of_the_scored_checkpoints_is_kept(settings, monkeypatch):
+    overall = iter([0.25, 0.5, 0.375])
+    scored = loop.score_pictures
+
+    def with_known_mean(pictures, metadata):  # an untrained model scores 0 every time
+        report = scored(pictures, metadata)
+        return replace(report, overall=replace(report.overall, value=next(overall)))
+
+    monkeypatch.setattr(loop, "score_pictures", with_known_mean)
+    extra = {"max_steps": 6, "eval_every": 2, "eval_pictures": 1, "validation_steps": 1}
+    final = train(PretrainConfig(**settings | extra))
+    rows = [json.loads(line) for line in (final.parent / "evals.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6] and all(row["pictures"] == 6 for row in rows)
+    assert rows[0]["colors"] == 0.0
+    best = final.parent / "best"
+    assert json.loads((best / "score.json").read_text())["step"] == 4
+    weights = [IOMMPipeline.from_pretrained(path).transformer.proj_out.weight for path in (best, final)]
+    assert not torch.equal(*weights)
+
+
+def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    scored = {"output_dir": str(tmp_path / "scored"), "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}
+    train(PretrainConfig(**settings | {"max_steps": 4} | scored))
+    name = "checkpoint-00000004"
+    assert same_state(Path(settings["output_dir"]) / name, tmp_path / "scored" / name)

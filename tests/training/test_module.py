@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iomm_hf.data.cache import Cached, pack, unpack
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.streams import SourceConfig, build_stream
 from iomm_hf.tiny import tiny_pipeline
@@ -95,3 +96,20 @@ def test_bf16_autocast_trains(module, samples, collate):
         loss = module(collate(samples[:2]))
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
     assert {gradient.dtype for gradient in gradients(module, loss).values()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_cached_samples_give_the_losses_of_the_pictures_themselves(module, samples, collate):
+    batch = collate(samples)
+    posterior = module.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
+    inputs = collate.processor.encode([collate.processor.image_only(sample["image"]) for sample in samples])
+    tokens = module.encoder.image_features(inputs["pixel_values"])
+    cached = [
+        sample | {"cached": unpack(pack(Cached(mean, logvar, vision)))}
+        for sample, mean, logvar, vision in zip(samples, posterior.mean, posterior.logvar, tokens, strict=True)
+    ]
+    from_cache = collate(cached)
+    assert "pixels" not in from_cache and "pixel_values" not in from_cache
+    assert torch.allclose(module.sample_losses(from_cache), module.sample_losses(batch), rtol=5e-3)
+    without_tokens = [sample | {"cached": sample["cached"]._replace(vision_tokens=None)} for sample in cached]
+    assert torch.allclose(module.sample_losses(collate(without_tokens)), module.sample_losses(batch), rtol=5e-3)

@@ -35,7 +35,11 @@ class IOMMCollator:
     Returns:
         `dict` with `input_ids` and `attention_mask` (B, L), `pixel_values` (images, 3, h, w) where the batch has any,
         `pixels` (B, 3, resolution, resolution) as uint8, `seed` (B,), `keys` (B strings), `num_captions` and `skipped`
-        ({reason: count} of bad samples met on the way).
+        ({reason: count} of bad samples met on the way). From cached samples, `latent_mean` and `latent_logvar`
+        (B, C, h, w) replace `pixels`, and `image_features` (images, tokens, D) `pixel_values`.
+
+    Raises:
+        `ValueError`: cached samples and others in one batch.
     """
 
     def __init__(self, processor: IOMMProcessor, resolution: int, condition_dropout: float = 0.1, seed: int = 0):
@@ -47,23 +51,37 @@ class IOMMCollator:
         self.seed = seed
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        cached = [sample["cached"] for sample in samples]
+        if any(cached) and not all(cached):
+            raise ValueError("Some sources of the run are cached and some are not: precompute all of them, or none.")
         conversations, pixels, seeds = [], [], []
         skipped: dict[str, int] = {}
         for sample in samples:
-            image = resize_and_crop(sample["image"], self.resolution)
+            image = sample["image"]
+            if sample["cached"] is None:
+                image = resize_and_crop(image, self.resolution)
+                pixels.append(to_tensor(image))
             seeds.append(sample_seed(self.seed, sample["key"], sample["epoch"]))
-            pixels.append(to_tensor(image))
             conversations.append(self._conversation(image, sample["caption"], seeds[-1]))
             for reason, count in sample["skipped"].items():
                 skipped[reason] = skipped.get(reason, 0) + count
-        return {
+        batch = {
             **self.processor.encode(conversations),
-            "pixels": torch.stack(pixels),
             "seed": torch.tensor(seeds),
             "keys": [f"{sample['key']}@{sample['epoch']}" for sample in samples],
             "num_captions": sum(sample["caption"] is not None for sample in samples),
             "skipped": skipped,
         }
+        if not all(cached):
+            return batch | {"pixels": torch.stack(pixels)}
+        batch["latent_mean"] = torch.stack([item.mean for item in cached])
+        batch["latent_logvar"] = torch.stack([item.logvar for item in cached])
+        if "pixel_values" in batch and all(item.vision_tokens is not None for item in cached):
+            del batch["pixel_values"]
+            has_image = (batch["input_ids"] == self.processor.image_token_id).any(1).tolist()
+            tokens = [item.vision_tokens for item, shown in zip(cached, has_image, strict=True) if shown]
+            batch["image_features"] = torch.stack(tokens)
+        return batch
 
     def _conversation(self, image, caption: str | None, seed: int) -> Conversation:
         generator = torch.Generator().manual_seed(seed ^ 1)  # the module's draws start from `seed` itself

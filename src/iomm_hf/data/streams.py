@@ -27,6 +27,7 @@ import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .cache import CACHE_COLUMN, read_cache_info, unpack
 from .images import MAX_PIXELS, MIN_SIDE, BadImage, load_image
 
 
@@ -113,6 +114,7 @@ class _Raw(NamedTuple):
     origin: str
     image: Any  # {"bytes": ..., "path": ...}
     caption: Any
+    cache: Any  # bytes of `data.cache`
     position: int  # of its shard in the consumer's order
     example: int  # its index in the shard
 
@@ -141,8 +143,9 @@ class SampleStream(IterableDataset):
 
     Yields:
         `dict` with `key` (unique, and the same for any number of consumers), `origin` (where the sample lies, for
-        messages), `epoch`, `image` (PIL, RGB), `caption` (`str`, or `None` if none are read) and `skipped`: how many
-        unusable samples this consumer met since its last one, by reason.
+        messages), `epoch`, `image` (PIL, RGB), `caption` (`str`, or `None` if none are read), `cached`
+        ([`~iomm_hf.data.cache.Cached`], or `None` where the source holds none) and `skipped`: how many unusable samples this
+        consumer met since its last one, by reason.
 
     Raises:
         ValueError: at construction if the source cannot be opened or lacks a column; while iterating if a consumer
@@ -196,7 +199,10 @@ class SampleStream(IterableDataset):
             raise ValueError(f"column {columns[-1]!r} of {source.path!r} has no key {self.caption_key!r}: {feature}")
         self.columns = columns
         self.in_tars = "__key__" in present
-        dataset = dataset.select_columns(columns + ["__key__"] * self.in_tars)
+        is_cached = CACHE_COLUMN in present
+        self.cache_info = read_cache_info(str(self.files[0])) if is_cached else None
+        extra = ["__key__"] * self.in_tars + [CACHE_COLUMN] * is_cached
+        dataset = dataset.select_columns(columns + extra)
         dataset = dataset.cast_column(columns[0], datasets.Image(decode=False))
         if self.in_tars and self.caption_key:
             # The struct inferred from a tar's first samples would fail at the first sample with other keys.
@@ -279,7 +285,8 @@ class SampleStream(IterableDataset):
                         values = [row[column][0] for column in self.columns]
                         origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
                         key = f"{self.fingerprint}/{shard}/{index}"
-                        yield _Raw(key, origin, values[0], values[-1], position, index)
+                        cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
+                        yield _Raw(key, origin, values[0], values[-1], cache, position, index)
                 if self.in_tars and "://" not in file:
                     _check_end_of_tar(file)
             except (tarfile.TarError, EOFError, ValueError, OSError) as error:
@@ -310,7 +317,14 @@ class SampleStream(IterableDataset):
         except BadImage as error:
             self._skip(error.reason, raw.origin, error.message)
             return None
-        return {"key": raw.key, "origin": raw.origin, "image": image, "caption": caption}
+        cached = None
+        if self.cache_info is not None:
+            try:
+                cached = unpack(raw.cache)
+            except ValueError as error:
+                self._skip("bad_cache", raw.origin, str(error))
+                return None
+        return {"key": raw.key, "origin": raw.origin, "image": image, "caption": caption, "cached": cached}
 
     def _skip(self, reason: str, origin: str, message: str) -> None:
         self._skipped[reason] += 1

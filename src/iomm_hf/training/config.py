@@ -21,6 +21,8 @@ FREE_ON_RESUME = {
     "validation_prompts",
     "validation_steps",
     "validation_guidance",
+    "eval_every",
+    "eval_pictures",
     "log_every",
     "tracker",
 }
@@ -95,13 +97,17 @@ class TrainingConfig:
     validation_prompts: list[str] = setting([], "Prompts of the validation pictures.")
     validation_steps: int = setting(20, "Sampling steps of a validation picture.")
     validation_guidance: float = setting(4.0, "Guidance scale of a validation picture.")
+    eval_every: int = setting(
+        0, "Steps between scores on a fixed part of the shapes benchmark, which keep the best in `best`; 0: none."
+    )
+    eval_pictures: int = setting(16, "Pictures of each of its six tasks.")
     log_every: int = setting(10, "Steps between lines of log.jsonl and the trackers.")
     tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, ... or none.")
 
     def __post_init__(self):
         _ = self.image_sources, self.paired_sources  # refuses bad ones at once
         positive = ("batch_size", "gradient_accumulation", "max_steps", "learning_rate", "max_grad_norm", "save_every")
-        for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block"):
+        for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block", "eval_pictures"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -25,6 +31,8 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data.collate import IOMMCollator, sample_seed
 from ..data.streams import build_stream
+from ..evaluation.drawing import draw_plan
+from ..evaluation.shapes import benchmark_plan, score_pictures
 from ..pipeline_iomm import IOMMPipeline
 from ..presets import get_preset
 from .checkpoints import (
@@ -42,7 +50,7 @@ from .checkpoints import (
 )
 from .config import TrainingConfig, changed_settings
 from .module import IOMMTrainingModule
-from .setup import build_pipeline, frozen_on_hub
+from .setup import build_pipeline, check_caches, frozen_on_hub
 
 
 logger = logging.getLogger(__name__)
@@ -127,6 +135,7 @@ def train(config: TrainingConfig) -> Path:
         world_size=accelerator.num_processes,
         max_caption_bytes=caption_room(pipeline),
     )
+    check_caches(stream, pipeline, resolution)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
     loader = StatefulDataLoader(
         stream, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers, drop_last=True
@@ -190,6 +199,12 @@ def train(config: TrainingConfig) -> Path:
             accelerator.wait_for_everyone()
             clock = time.monotonic()
 
+        if config.eval_every and step % config.eval_every == 0:
+            with ema_weights(ema, module):
+                evaluate(config, pipeline, accelerator, output_dir, step)
+            module.train()
+            clock = time.monotonic()
+
         if step % config.save_every == 0 or step == config.max_steps:
             trainer_state = {
                 "step": step,
@@ -207,13 +222,12 @@ def train(config: TrainingConfig) -> Path:
 
     # 5. The result: whole in itself, but for frozen parts that the Hub holds
     final = output_dir / "final"
+    if config.mixed_precision == "bf16" and not frozen_on_hub(pipeline):
+        pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
     with whole_folder(final, accelerator) as folder:
         if accelerator.is_main_process:
-            include_frozen = not frozen_on_hub(pipeline)
-            if include_frozen and config.mixed_precision == "bf16":
-                pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
             with ema_weights(ema, module):
-                pipeline.save_pretrained(folder, include_frozen=include_frozen)
+                pipeline.save_pretrained(folder, include_frozen=not frozen_on_hub(pipeline))
     all_skipped = total(skipped)
     if all_skipped:
         logger.warning("Bad samples skipped: %s", dict(all_skipped))
@@ -339,3 +353,30 @@ def draw_validation(
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+
+
+@torch.no_grad()
+def evaluate(config: TrainingConfig, pipeline: IOMMPipeline, accelerator: Accelerator, output_dir: Path, step: int):
+    """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`."""
+    best = output_dir / "best"
+    record = json.loads((best / "score.json").read_text())["overall"] if best.exists() else -1.0
+    row: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        plan = benchmark_plan(pictures_per_task=config.eval_pictures)
+        pipeline.text_encoder.eval()
+        pipeline.transformer.eval()
+        with accelerator.autocast():
+            images = draw_plan(pipeline, plan, config.validation_steps, config.validation_guidance)
+        report = score_pictures(images, [picture.metadata for picture in plan])
+        overall = report.overall.value  # type: ignore[union-attr]  # the plan holds all six tasks
+        row = {"step": step, "overall": overall, **{task: share.accuracy for task, share in report.tasks.items()}}
+        keep_log_until(output_dir / "evals.jsonl", step - 1)
+        with (output_dir / "evals.jsonl").open("a") as log:
+            log.write(json.dumps(row | {"pictures": len(plan)}) + "\n")
+    (row,) = broadcast_object_list([row])
+    accelerator.log({f"shapes/{name}": value for name, value in row.items() if name != "step"}, step=step)
+    if row["overall"] > record:
+        with whole_folder(best, accelerator) as folder:
+            if accelerator.is_main_process:
+                pipeline.save_pretrained(folder, include_frozen=False)
+                write_json(folder / "score.json", row)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from ..flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_timesteps, velocity_target
 from ..generators import predict_velocity
 from ..modeling_iomm import IOMMConditionEncoder, draw_image_mask
-from ..pipeline_iomm import encode_images
+from ..pipeline_iomm import draw_latents
 
 
 class IOMMTrainingModule(nn.Module):
@@ -74,29 +75,29 @@ class IOMMTrainingModule(nn.Module):
             conditions_from (`torch.LongTensor` of shape `(B,)`, *optional*): Gives sample `i` the condition of sample
                 `conditions_from[i]`, everything else unchanged: the control that shows whether conditions are used.
         """
-        device = batch["pixels"].device
+        device = batch["seed"].device
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"].tolist()]
         timestep = sample_timesteps(generators, self.timestep_sampling, self.timestep_shift).to(device)
         image_mask = None
-        if "pixel_values" in batch:
+        if "pixel_values" in batch or "image_features" in batch:
             ids = batch["input_ids"]
             image_mask = draw_image_mask(ids, self.encoder.image_token_id, self.mask_ratio, generators)
 
         with torch.no_grad():
-            images = batch["pixels"].to(self.vae.dtype) / 127.5 - 1
-            scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            shape = (self.vae.config.latent_channels, images.shape[2] // scale, images.shape[3] // scale)
+            posterior = self.posterior(batch)
             noise, posterior_noise = (
-                torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+                torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
                 for _ in range(2)
             )
-            latents = encode_images(self.vae, images, posterior_noise).float()
+            noise = noise.to(device)
+            latents = draw_latents(self.vae, posterior, posterior_noise.to(device)).float()
 
         output = self.encoder(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             pixel_values=batch.get("pixel_values"),
             image_mask=image_mask,
+            image_features=batch.get("image_features"),
         )
         condition, condition_mask = output.condition, output.condition_mask
         if conditions_from is not None:
@@ -106,3 +107,9 @@ class IOMMTrainingModule(nn.Module):
             self.transformer, interpolate(latents, noise, timestep), timestep, condition, condition_mask
         )
         return flow_matching_loss(velocity, velocity_target(latents, noise))
+
+    def posterior(self, batch: dict[str, Any]) -> DiagonalGaussianDistribution:
+        """What the autoencoder makes of the batch's pictures, (B, C, h, w): computed here, or cached."""
+        if "pixels" in batch:
+            return self.vae.encode(batch["pixels"].to(self.vae.dtype) / 127.5 - 1).latent_dist
+        return DiagonalGaussianDistribution(torch.cat([batch["latent_mean"], batch["latent_logvar"]], dim=1))

@@ -1,21 +1,23 @@
 """From a run's settings to the pipeline that it trains: fresh generator and adapter around frozen parts."""
 
-import logging
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from transformers import set_seed
+from torch import nn
+from transformers import PreTrainedModel, set_seed
 
+from ..data.streams import MixedStream
 from ..modeling_iomm import IOMMConditionEncoder, IOMMConfig, hash_weight_files, load_mllm, resolve_frozen
 from ..pipeline_iomm import IOMMPipeline
-from ..presets import build_transformer, get_preset
+from ..presets import Preset, build_transformer, get_preset
 from ..processing_iomm import IOMMProcessor
+from ..shipped import shipped_model
 from .config import TrainingConfig
-
-
-logger = logging.getLogger(__name__)
 
 
 def resolved_revision(name_or_path: str, folder: Path, subfolder: str | None) -> str | None:
@@ -31,6 +33,61 @@ def local_or_id(name_or_path: str) -> str:
     return str(path.resolve()) if path.is_dir() else name_or_path
 
 
+@dataclass
+class FrozenParts:
+    """What never trains, and how a checkpoint refers to it; without names it can only be copied (`pin_frozen`)."""
+
+    processor: IOMMProcessor
+    mllm: PreTrainedModel
+    vae: AutoencoderKL
+    mllm_reference: dict[str, str | None]  # fields of `IOMMConfig`
+    vae_reference: dict[str, str | None]  # of `IOMMPipeline`
+
+
+def load_frozen_parts(
+    preset: Preset,
+    mllm: str | None = None,
+    vae: str | None = None,
+    vae_subfolder: str | None = None,
+    mllm_revision: str | None = None,
+    vae_revision: str | None = None,
+) -> FrozenParts:
+    r"""
+    MLLM and autoencoder in float32: those named, otherwise the preset's, which for `tiny` come with this package.
+
+    Raises:
+        `OSError`: one of them is found nowhere.
+    """
+    if vae is None:
+        vae, vae_subfolder = preset.vae, preset.vae_subfolder
+    mllm = mllm or preset.mllm
+    mllm_reference: dict[str, str | None] = {}
+    vae_reference: dict[str, str | None] = {}
+    if mllm is None:
+        pipeline = IOMMPipeline.from_pretrained(shipped_model(), vae=None, transformer=None, dtype=torch.float32)
+        processor, mllm_model = pipeline.processor, pipeline.text_encoder.mllm
+    else:
+        folder = resolve_frozen(mllm, mllm_revision)
+        processor, mllm_model = IOMMProcessor.from_pretrained(folder), load_mllm(folder, dtype=torch.float32)
+        mllm_reference = {
+            "mllm_name_or_path": local_or_id(mllm),
+            "mllm_revision": resolved_revision(mllm, folder, None),
+            "mllm_hash": hash_weight_files(folder),
+        }
+    if vae is None:
+        vae_model = AutoencoderKL.from_pretrained(shipped_model() / "vae", dtype=torch.float32)
+    else:
+        folder = resolve_frozen(vae, vae_revision, vae_subfolder)
+        vae_model = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
+        vae_reference = {
+            "vae_name_or_path": local_or_id(vae),
+            "vae_subfolder": vae_subfolder,
+            "vae_revision": resolved_revision(vae, folder, vae_subfolder),
+            "vae_hash": hash_weight_files(folder),
+        }
+    return FrozenParts(processor, mllm_model, vae_model, mllm_reference, vae_reference)
+
+
 def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
     r"""
     The pipeline to train: loaded from `config.init_from`, or built around the frozen MLLM and autoencoder, whose
@@ -38,7 +95,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
 
     Raises:
         `OSError`: a frozen part is found nowhere.
-        `ValueError`: an unknown preset, or one that needs an MLLM or autoencoder that was not given.
+        `ValueError`: an unknown preset, or parts that do not fit together.
     """
     if config.init_from is not None:
         overridden = ("mllm", "vae", "condition_tokens", "mask_mode", "connector_layers")
@@ -50,52 +107,71 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         return pipeline
 
     preset = get_preset(config.preset)
-    mllm_name, vae_name = config.mllm or preset.mllm, config.vae or preset.vae
-    if mllm_name is None or vae_name is None:
-        missing = "mllm" if mllm_name is None else "vae"
-        raise ValueError(
-            f"Preset {config.preset!r} has no published {missing}; give the one to use with --{missing} FOLDER"
-            " (`make quickstart` makes both for `tiny`)."
-        )
-    vae_subfolder = config.vae_subfolder if config.vae else preset.vae_subfolder
-    mllm_folder = resolve_frozen(mllm_name, config.mllm_revision)
-    vae_folder = resolve_frozen(vae_name, config.vae_revision, vae_subfolder)
-
-    processor = IOMMProcessor.from_pretrained(mllm_folder)
-    mllm = load_mllm(mllm_folder, dtype=torch.float32)
+    parts = load_frozen_parts(
+        preset, config.mllm, config.vae, config.vae_subfolder, config.mllm_revision, config.vae_revision
+    )
     overrides = {
         name: getattr(config, name)
         for name in ("condition_tokens", "mask_mode", "connector_layers")
         if getattr(config, name) is not None
     }
     encoder_config = IOMMConfig(
-        mllm_config=mllm.config,
-        mllm_name_or_path=local_or_id(mllm_name),
-        mllm_revision=resolved_revision(mllm_name, mllm_folder, None),
-        mllm_hash=hash_weight_files(mllm_folder),
-        **preset.condition_config | overrides,
+        mllm_config=parts.mllm.config, **parts.mllm_reference, **preset.condition_config | overrides
     )
     set_seed(config.seed)
-    encoder = IOMMConditionEncoder(encoder_config, mllm=mllm)
+    encoder = IOMMConditionEncoder(encoder_config, mllm=parts.mllm)
     transformer = build_transformer(preset)
     joint_dim = transformer.config.get("joint_attention_dim") or transformer.config.get("cap_feat_dim")
     if joint_dim != encoder_config.hidden_size:
         raise ValueError(
-            f"The generator of preset {config.preset!r} takes conditions of width {joint_dim}, but {mllm_name!r} gives"
-            f" {encoder_config.hidden_size}."
+            f"The generator of preset {config.preset!r} takes conditions of width {joint_dim}, but"
+            f" {config.mllm or preset.mllm!r} gives {encoder_config.hidden_size}."
         )
-    return IOMMPipeline(
+    pipeline = IOMMPipeline(
         text_encoder=encoder,
-        processor=processor,
+        processor=parts.processor,
         transformer=transformer,
-        vae=AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32),
+        vae=parts.vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=preset.shift),
-        vae_name_or_path=local_or_id(vae_name),
-        vae_subfolder=vae_subfolder,
-        vae_revision=resolved_revision(vae_name, vae_folder, vae_subfolder),
-        vae_hash=hash_weight_files(vae_folder),
         resolution=preset.resolution,
+        **parts.vae_reference,
     )
+    if not (parts.mllm_reference and parts.vae_reference):
+        pin_frozen(pipeline, Path(config.output_dir) / "frozen")
+    return pipeline
+
+
+def hash_module(module: nn.Module) -> str:
+    """SHA-256 of a module's weights as float32: the same however they were stored or nested."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cache_identity(mllm: nn.Module, vae: nn.Module, resolution: int) -> dict[str, Any]:
+    """What a cache of [`~iomm_hf.data.cache`] belongs to."""
+    return {"mllm": hash_module(mllm), "vae": hash_module(vae), "resolution": resolution}
+
+
+def check_caches(stream: MixedStream, pipeline: IOMMPipeline, resolution: int):
+    r"""
+    Refuses cached sources that other frozen parts or another resolution made.
+
+    Raises:
+        `ValueError`: such a source; the message names what differs.
+    """
+    caches = {source.source.path: source.cache_info for source in stream.streams if source.cache_info is not None}
+    if not caches:
+        return
+    expected = cache_identity(pipeline.text_encoder.mllm, pipeline.vae, resolution)
+    for path, info in caches.items():
+        differing = [name for name, value in expected.items() if info[name] != value]
+        if differing:
+            raise ValueError(
+                f"The cache {path!r} was made with another {' and '.join(differing)} than this run's; precompute it again."
+            )
 
 
 def frozen_on_hub(pipeline: IOMMPipeline) -> bool:

@@ -1,0 +1,127 @@
+"""Computes what the frozen parts make of every picture once, for runs that see it many times.
+
+    python recipes/precompute_latents.py --init_from outputs/mine/stage1/final --source my_pictures/ --output_dir cached/
+    python recipes/precompute_latents.py --config recipes/configs/shapes-cache.yaml
+
+Writes parquet shards with the pictures at the run's resolution, their captions and what is cached; both recipes read the
+folder like any other source. A stopped run goes on with the next shard when started again.
+"""
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, Value
+from tqdm.auto import tqdm
+from trl import TrlParser
+
+from iomm_hf.data.cache import CACHE_COLUMN, CACHE_FILE, Cached, pack
+from iomm_hf.data.images import resize_and_crop, to_tensor
+from iomm_hf.data.streams import SampleStream
+from iomm_hf.pipeline_iomm import IOMMPipeline
+from iomm_hf.presets import get_preset
+from iomm_hf.training.checkpoints import write_json
+from iomm_hf.training.config import as_source
+from iomm_hf.training.setup import FrozenParts, cache_identity, load_frozen_parts
+
+
+@dataclass
+class CacheConfig:
+    source: str = field(metadata={"help": "Pictures or pairs; in YAML a path or a mapping of SourceConfig's fields."})
+    output_dir: str = field(metadata={"help": "Folder of the cache."})
+    init_from: str | None = field(default=None, metadata={"help": "Pipeline whose frozen parts to use."})
+    preset: str = field(default="base", metadata={"help": "Or the preset whose parts to use."})
+    mllm: str | None = field(default=None, metadata={"help": "In place of the preset's: folder or Hub id."})
+    vae: str | None = field(default=None, metadata={"help": "In place of the preset's: folder or Hub id."})
+    vae_subfolder: str | None = field(default=None, metadata={"help": "Its folder inside `vae`."})
+    resolution: int | None = field(default=None, metadata={"help": "Side of the pictures, px. Default: the preset's."})
+    vision_tokens: bool = field(
+        default=True, metadata={"help": "Also keep the MLLM's vision tokens (2 x tokens x D bytes a picture)."}
+    )
+    samples_per_shard: int = field(default=2000, metadata={"help": "Samples of all shards but the last."})
+    batch_size: int = field(default=16, metadata={"help": "Pictures a forward pass."})
+    device: str = field(default="cpu", metadata={"help": "Where the frozen parts run, such as cuda."})
+
+
+@torch.no_grad()
+def compute(parts: FrozenParts, samples: list[dict[str, Any]], config: CacheConfig, resolution: int) -> list[dict]:
+    """Rows of a shard for a batch of samples."""
+    images = [resize_and_crop(sample["image"], resolution) for sample in samples]
+    pixels = torch.stack([to_tensor(image) for image in images]).to(config.device)
+    posterior = parts.vae.encode(pixels / 127.5 - 1).latent_dist
+    tokens: list[torch.Tensor | None] = [None] * len(samples)
+    if config.vision_tokens:
+        inputs = parts.processor.encode([parts.processor.image_only(image) for image in images])
+        pixel_values = inputs["pixel_values"].to(config.device)
+        tokens = list(parts.mllm.model.get_image_features(pixel_values).pooler_output.cpu())
+    rows = []
+    for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        encoded = io.BytesIO()
+        image.save(encoded, format="PNG")
+        cached = Cached(posterior.mean[i].cpu(), posterior.logvar[i].cpu(), tokens[i])
+        row = {"image": {"bytes": encoded.getvalue(), "path": None}, CACHE_COLUMN: pack(cached)}
+        rows.append(row if sample["caption"] is None else row | {"caption": sample["caption"]})
+    return rows
+
+
+def load_parts(config: CacheConfig) -> tuple[FrozenParts, int]:
+    """The frozen parts, and the resolution at which they are used."""
+    if config.init_from is None:
+        preset = get_preset(config.preset)
+        parts = load_frozen_parts(preset, config.mllm, config.vae, config.vae_subfolder)
+        return parts, config.resolution or preset.resolution
+    pipeline = IOMMPipeline.from_pretrained(config.init_from, dtype=torch.float32)
+    parts = FrozenParts(pipeline.processor, pipeline.text_encoder.mllm, pipeline.vae, {}, {})
+    return parts, config.resolution or pipeline.resolution
+
+
+def main(config: CacheConfig):
+    source = as_source(config.source)
+    parts, resolution = load_parts(config)
+    info = cache_identity(parts.mllm, parts.vae, resolution)
+    info |= {"source": asdict(source), "vision_tokens": config.vision_tokens}
+    parts.mllm.to(config.device)
+    parts.vae.to(config.device)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / CACHE_FILE).exists() and json.loads((output / CACHE_FILE).read_text()) != info:
+        raise ValueError(f"{output} holds another cache, see its {CACHE_FILE}; choose another output_dir.")
+    write_json(output / CACHE_FILE, info)
+
+    features = {"image": Image(), CACHE_COLUMN: Value("binary")}
+    if source.caption_column is not None:
+        features["caption"] = Value("string")
+    stream = SampleStream(source)
+    progress = output / "progress.json"  # shards written, and where the stream stood behind the last one
+    state = json.loads(progress.read_text()) if progress.exists() else {"shards": 0, "done": False}
+    if state["shards"]:
+        stream.load_state_dict(state["stream"])
+    samples = iter(stream)
+    bar = tqdm(desc="Precomputing", unit="picture", initial=state["shards"] * config.samples_per_shard)
+    while not state["done"]:
+        rows: list[dict] = []
+        while len(rows) < config.samples_per_shard and not state["done"]:
+            room = min(config.batch_size, config.samples_per_shard - len(rows))
+            batch = list(islice(samples, room))
+            fresh = [sample for sample in batch if sample["epoch"] == 0]
+            state["done"] = len(fresh) < len(batch)
+            if fresh:
+                rows += compute(parts, fresh, config, resolution)
+            bar.update(len(fresh))
+        if rows:
+            shard = output / f"train-{state['shards']:05d}.parquet"
+            temporary = shard.with_name(f"{shard.name}.tmp")
+            Dataset.from_list(rows, features=Features(features)).to_parquet(temporary)
+            temporary.replace(shard)
+            state |= {"shards": state["shards"] + 1, "stream": stream.state_dict()}
+        write_json(progress, state)
+    bar.close()
+    print(f"Finished: {output}, {state['shards']} shards")
+
+
+if __name__ == "__main__":
+    main(*TrlParser(CacheConfig, description=__doc__.splitlines()[0]).parse_args_and_config())

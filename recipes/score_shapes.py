@@ -1,0 +1,96 @@
+"""Scores a checkpoint on the shapes benchmark, beside its ceilings and controls.
+
+    python recipes/score_shapes.py --checkpoint outputs/mine/stage2/final --output_dir outputs/mine/score
+    python recipes/score_shapes.py --controls false --pictures_per_task 32
+
+Ceilings: rendered truth, and rendered truth through the autoencoder. Controls: the same checkpoint with each prompt replaced
+by another's, and the same parts with an untrained generator. A score means something only above the controls.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from trl import TrlParser
+
+from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf.data.shapes import TASKS
+from iomm_hf.evaluation.drawing import draw_plan
+from iomm_hf.evaluation.figures import draw_sheet
+from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, render_truth, score_pictures
+from iomm_hf.pipeline_iomm import decode_latents, draw_latents
+from iomm_hf.training.checkpoints import write_json
+
+
+@dataclass
+class ScoreConfig:
+    checkpoint: str = field(
+        default_factory=lambda: str(shipped_model()),
+        metadata={"help": "Pipeline folder or Hub id. Default: the shipped model."},
+    )
+    output_dir: str = field(default="outputs/score", metadata={"help": "Folder for score.json and sheet.png."})
+    pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks."})
+    num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
+    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    controls: bool = field(default=True, metadata={"help": "Also score ceilings, shuffled prompts and no training."})
+
+
+@torch.no_grad()
+def through_autoencoder(pipeline: IOMMPipeline, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    drawn = []
+    for part in torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).split(64):
+        latents = draw_latents(pipeline.vae, pipeline.vae.encode(part / 127.5 - 1).latent_dist)
+        drawn.append(((decode_latents(pipeline.vae, latents) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    return list(torch.cat(drawn).permute(0, 2, 3, 1).numpy())
+
+
+def main(config: ScoreConfig):
+    pipeline = IOMMPipeline.from_pretrained(config.checkpoint)
+    plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
+    metadata, seeds = [picture.metadata for picture in plan], [picture.seed for picture in plan]
+    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    reports: dict[str, ShapesReport] = {}
+
+    def score(name: str, pictures: list):
+        reports[name] = score_pictures(pictures, metadata, seeds=seeds)
+
+    drawn = draw_plan(pipeline, plan, **settings)
+    score("model", drawn)
+    if config.controls:
+        truth = render_truth(plan, pipeline.resolution)
+        score("rendered truth", truth)
+        score("truth through the autoencoder", through_autoencoder(pipeline, truth))
+        score("shuffled prompts", draw_plan(pipeline, plan, **settings, shuffle_conditions=True))
+        torch.manual_seed(0)
+        pipeline.transformer = type(pipeline.transformer)(**dict(pipeline.transformer.config)).eval()
+        score("untrained generator", draw_plan(pipeline, plan, **settings))
+
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(
+        output / "score.json",
+        {"checkpoint": config.checkpoint, **settings} | {name: report.to_dict() for name, report in reports.items()},
+    )
+    firsts = {task: [i for i, item in enumerate(metadata) if item["tag"] == task][:6] for task in TASKS}
+    columns = min(len(chosen) for chosen in firsts.values())
+    draw_sheet(
+        {task: [drawn[i] for i in chosen[:columns]] for task, chosen in firsts.items()},
+        {task: [metadata[i]["prompt"] for i in chosen[:columns]] for task, chosen in firsts.items()},
+        output / "sheet.png",
+    )
+    for name, report in reports.items():
+        tasks = "  ".join(f"{task} {share.accuracy:.2f}" for task, share in report.tasks.items())
+        print(
+            f"{name:30} overall {report.overall.value:.3f} [{report.overall.low:.3f}, {report.overall.high:.3f}]  {tasks}"
+        )
+    report = reports["model"]
+    if report.seen_mean is not None and report.held_out_mean is not None:
+        print(
+            f"seen prompts {report.seen_mean.value:.3f}, held-out prompts {report.held_out_mean.value:.3f} (same tasks)"
+        )
+    print(f"Wrote {output / 'score.json'} and sheet.png")
+
+
+if __name__ == "__main__":
+    main(*TrlParser(ScoreConfig, description=__doc__.splitlines()[0]).parse_args_and_config())

@@ -1,0 +1,73 @@
+"""What the frozen parts make of a picture, computed once: the autoencoder's posterior and the MLLM's vision tokens.
+
+Both stages ask the same frozen networks the same questions about the same pictures, epoch after epoch.
+`recipes/precompute_latents.py` writes the answers beside each picture, as one safetensors blob in the column
+`CACHE_COLUMN`: self-describing, and readable without a pickle. `CACHE_FILE` beside the shards names the frozen weights and
+the resolution that they belong to, so that a run with others refuses them. The posterior is kept, not a draw from it: each
+visit of a picture draws anew.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import fsspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+
+CACHE_COLUMN = "iomm_cache"
+CACHE_FILE = "iomm_cache.json"
+
+
+class Cached(NamedTuple):
+    """
+    mean, logvar (`torch.Tensor` of shape `(channels, height, width)`): Posterior of the resized and cropped picture.
+    vision_tokens (`torch.Tensor` of shape `(tokens, D)`, *optional*): The picture as the MLLM reads it, nothing masked.
+    """
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    vision_tokens: torch.Tensor | None = None
+
+
+def pack(cached: Cached) -> bytes:
+    """As float16, which rounds a latent by a thousandth of its size at most."""
+    return save({name: tensor.half().contiguous() for name, tensor in cached._asdict().items() if tensor is not None})
+
+
+def unpack(blob: bytes) -> Cached:
+    r"""
+    The reverse of [`pack`], in float32.
+
+    Raises:
+        `ValueError`: bytes that hold no such thing.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iomm_hf.data.cache import Cached, pack, unpack
+    >>> unpack(pack(Cached(torch.ones(4, 2, 2), torch.zeros(4, 2, 2)))).mean.shape
+    torch.Size([4, 2, 2])
+    ```
+    """
+    try:
+        return Cached(**{name: tensor.float() for name, tensor in load(blob).items()})
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"expected a cached picture, got {str(blob)[:40]}: {error}") from error
+
+
+def read_cache_info(file: str) -> dict[str, Any]:
+    r"""
+    What the cache in the folder of `file` (local or an fsspec address) was made with.
+
+    Raises:
+        `ValueError`: there is no `CACHE_FILE`.
+    """
+    address = f"{file.rsplit('/', 1)[0]}/{CACHE_FILE}"
+    try:
+        with fsspec.open(address, "r") as handle:
+            return json.load(handle)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} holds cached latents, but {address}, which says of what, is missing") from error

@@ -1,0 +1,65 @@
+"""Draws a benchmark's pictures: each from its own noise, seeded by prompt and number, whatever the batch around it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.collate import sample_seed
+from ..pipeline_iomm import IOMMPipeline
+from .shapes import BenchmarkPicture
+
+
+def draw_plan(
+    pipeline: IOMMPipeline,
+    plan: Sequence[BenchmarkPicture],
+    num_inference_steps: int = 30,
+    guidance_scale: float = 4.0,
+    batch_size: int = 16,
+    shuffle_conditions: bool = False,
+) -> list[Image.Image]:
+    r"""
+    One picture for each entry of a plan.
+
+    Args:
+        pipeline ([`IOMMPipeline`]): The model.
+        plan (`Sequence[BenchmarkPicture]`): What to draw.
+        num_inference_steps (`int`, *optional*, defaults to 30): Sampling steps.
+        guidance_scale (`float`, *optional*, defaults to 4.0): Strength of guidance.
+        batch_size (`int`, *optional*, defaults to 16): Pictures drawn at a time.
+        shuffle_conditions (`bool`, *optional*, defaults to `False`): Gives each entry the prompt of another one: the
+            control that shows what a score owes to chance.
+
+    Returns:
+        `list[PIL.Image.Image]`, in the plan's order.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.evaluation.shapes import benchmark_plan
+    >>> from iomm_hf.tiny import tiny_pipeline
+    >>> len(draw_plan(tiny_pipeline(), benchmark_plan(pictures_per_task=1), num_inference_steps=1))
+    6
+    ```
+    """
+    prompts = [picture.metadata["prompt"] for picture in plan]
+    seeds = [sample_seed(picture.seed, prompt, 0) for picture, prompt in zip(plan, prompts, strict=True)]
+    if shuffle_conditions:
+        order = np.random.default_rng(0).permutation(len(prompts))
+        # Each entry's successor in a random order, so that none keeps its own.
+        prompts = [
+            prompts[after] for _, after in sorted(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
+        ]
+    images: list[Image.Image] = []
+    pipeline.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(prompts), batch_size), desc="Drawing", unit="batch", leave=False):
+        part = slice(start, start + batch_size)
+        images += pipeline(  # type: ignore[union-attr]  # return_dict is on
+            prompts[part],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+        ).images
+    return images

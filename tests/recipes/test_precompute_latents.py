@@ -1,0 +1,112 @@
+"""The cache of what frozen parts make of pictures: whole, resumable, read by runs, and refused by those it is not for."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from iomm_hf.data.cache import CACHE_FILE
+from iomm_hf.data.shapes_writer import write_shards
+from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.tiny import tiny_encoder, tiny_vae
+from iomm_hf.training import FinetuneConfig, train
+
+
+RECIPE = Path(__file__).parents[2] / "recipes/precompute_latents.py"
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("precompute_latents", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("cache")
+    tiny_encoder(processor).mllm.save_pretrained(folder / "mllm")
+    processor.save_pretrained(folder / "mllm")
+    for seed in (0, 1):
+        tiny_vae(seed=seed).save_pretrained(folder / f"vae{seed}")
+    write_shards(folder / "images", 20, captions=False, samples_per_shard=10)
+    write_shards(folder / "pairs", 9, seed=1, samples_per_shard=5)
+    return folder
+
+
+@pytest.fixture
+def settings(folder):
+    parts = {"preset": "tiny", "mllm": str(folder / "mllm"), "vae": str(folder / "vae0")}
+    return {**parts, "samples_per_shard": 8, "batch_size": 3}
+
+
+def read(cache: Path, count: int, **columns) -> dict[bytes, tuple]:
+    """Pixels -> caption and cached mean of one epoch."""
+    stream = SampleStream(SourceConfig(str(cache), **columns))
+    samples = [sample for sample, _ in zip(stream, range(count), strict=False)]
+    assert {sample["epoch"] for sample in samples} == {0}
+    return {sample["image"].tobytes(): (sample["caption"], sample["cached"]) for sample in samples}
+
+
+def test_a_killed_one_goes_on_and_both_stages_train_on_it(module, folder, settings, tmp_path, monkeypatch):
+    images = {"source": str(folder / "images"), "output_dir": str(tmp_path / "images")}
+    compute, calls = module.compute, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 5:  # in the middle of the second shard
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    monkeypatch.setattr(module, "compute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(module.CacheConfig(**images, **settings))
+    assert [path.name for path in (tmp_path / "images").glob("*.parquet*")] == ["train-00000.parquet"]
+    monkeypatch.setattr(module, "compute", compute)
+    module.main(module.CacheConfig(**images, **settings))
+    assert len(list((tmp_path / "images").glob("*.parquet"))) == 3
+    cached = read(tmp_path / "images", 20)
+    originals = {
+        sample["image"].tobytes()
+        for sample, _ in zip(SampleStream(SourceConfig(str(folder / "images"))), range(20), strict=False)
+    }
+    assert cached.keys() == originals and len(originals) == 20
+    for _, item in cached.values():
+        assert item.mean.shape == (4, 16, 16) and item.vision_tokens.shape == (16, 128)
+
+    pairs = {"path": str(folder / "pairs"), "caption_column": "json.prompt"}
+    module.main(module.CacheConfig(source=pairs, output_dir=str(tmp_path / "pairs"), **settings))
+    assert all(caption for caption, _ in read(tmp_path / "pairs", 9, caption_column="caption").values())
+
+    run = {key: settings[key] for key in ("preset", "mllm", "vae")} | {
+        "images": [str(tmp_path / "images")],
+        "pairs": [{"path": str(tmp_path / "pairs"), "caption_column": "caption"}],
+        "batch_size": 4,
+        "max_steps": 2,
+        "num_workers": 0,
+        "validate_every": 0,
+    }
+    final = train(FinetuneConfig(output_dir=str(tmp_path / "run"), **run))
+    rows = [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2 and rows[-1]["skipped"] == {}
+
+    with pytest.raises(ValueError, match="made with another vae than this run's"):
+        train(FinetuneConfig(output_dir=str(tmp_path / "other"), **run | {"vae": str(folder / "vae1")}))
+    with pytest.raises(ValueError, match="another cache"):
+        module.main(module.CacheConfig(**images, **settings | {"vision_tokens": False}))
+    info = json.loads((tmp_path / "images" / CACHE_FILE).read_text())
+    assert info["resolution"] == 64 and len(info["vae"]) == len(info["mllm"]) == 64
+
+
+@torch.no_grad()
+def test_the_cache_holds_the_posterior_of_each_picture(module, folder, settings, tmp_path):
+    module.main(module.CacheConfig(source=str(folder / "images"), output_dir=str(tmp_path / "c"), **settings))
+    vae = tiny_vae()
+    for sample, _ in zip(SampleStream(SourceConfig(str(tmp_path / "c"))), range(4), strict=False):
+        pixels = module.to_tensor(sample["image"])[None] / 127.5 - 1
+        posterior = vae.encode(pixels).latent_dist
+        assert (posterior.mean[0] - sample["cached"].mean).abs().max() < 2e-3
+        assert (posterior.logvar[0] - sample["cached"].logvar).abs().max() < 2e-2
