@@ -103,7 +103,7 @@ def main(config: QuickstartConfig):
 
     say(
         "3/5 Stage 1: pictures alone",
-        "A frozen multimodal LLM looks at a few patches of each picture, the rest hidden, and the generator learns to draw\n"
+        "A frozen multimodal LLM looks at half of each picture, the rest hidden, and the generator learns to draw\n"
         "the whole from what it says. No caption is read.",
     )
     run("pretrain_image_only.py", "quickstart-pretrain.yaml", config.max_steps)
