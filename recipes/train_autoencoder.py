@@ -3,9 +3,11 @@
     python recipes/train_autoencoder.py --images my_pictures/ --output_dir outputs/mine/vae --minutes 8
     python recipes/train_autoencoder.py --images my_pictures/ --output_dir outputs/mine/vae --max_steps 5000
 
-It is convolutional, so random crops of half the side teach the same at a quarter of the cost. At the end the latents are
-scaled to mean 0 and deviation 1. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a
-run is not repeatable step for step.
+It is convolutional, so random crops of half the side teach the same at a quarter of the cost. Latents must suit a generator
+as well as the decoder: averaged latents have to decode to the averaged picture (Kouzelis et al., EQ-VAE, arXiv 2502.09509),
+which keeps them smooth, and at the end they are whitened, which makes a colour as loud as the background against the noise
+that training adds. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a run is not
+repeatable step for step.
 """
 
 from dataclasses import dataclass, field
@@ -55,6 +57,9 @@ class AutoencoderConfig:
     minutes: float | None = field(default=None, metadata={"help": "Time to train, instead of max_steps."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of AdamW."})
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL term."})
+    scale_weight: float = field(
+        default=0.5, metadata={"help": "Weight of decoding latents of half the size to the picture of half the size."}
+    )
     seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
 
     def __post_init__(self):
@@ -62,6 +67,9 @@ class AutoencoderConfig:
             raise ValueError("Give at least one source of pictures: --images FOLDER.")
         if not 0 < self.crop <= self.resolution:
             raise ValueError(f"crop must be between 1 and the resolution {self.resolution}, got {self.crop}.")
+        for name in ("kl_weight", "scale_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("batch_size", "candidates", "num_pictures", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -110,11 +118,39 @@ def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def reconstruction_loss(drawn: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(drawn, pictures) + F.l1_loss(drawn, pictures)
+
+
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: torch.Tensor):
-    """Sets the scale and shift that give latents mean 0 and deviation 1, as diffusers' pipelines apply them."""
-    latents = torch.cat([vae.encode(part / 127.5 - 1).latent_dist.sample() for part in pictures.split(64)])
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+def whiten_latents(vae: AutoencoderKL, pictures: torch.Tensor):
+    """
+    Gives the latent channels deviation 1 and no correlation, by a linear map A of channels that goes into the encoder's last
+    convolution and its inverse into the decoder's first; reconstructions stay the same. A scale alone would leave them as
+    unequal as pictures are, with nearly all variance in light against dark.
+
+    The posterior's variance becomes a constant for each channel, since A would make its noise correlated.
+    """
+    if vae.config.use_quant_conv or vae.config.use_post_quant_conv:
+        raise ValueError(
+            "Latents of an autoencoder with quant_conv layers cannot be whitened; its config must turn them off."
+        )
+    posteriors = [vae.encode(part / 127.5 - 1).latent_dist for part in pictures.split(64)]
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    variance = torch.cat([posterior.var for posterior in posteriors]).mean((0, 2, 3))
+    covariance = torch.cov(means.transpose(0, 1).flatten(1)) + torch.diag(variance)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    whiten = vectors @ torch.diag(eigenvalues.rsqrt()) @ vectors.T  # of all that whiten, the one that turns least
+
+    channels = len(whiten)
+    conv_out, conv_in = vae.encoder.conv_out, vae.decoder.conv_in
+    conv_out.weight[:channels] = torch.einsum("ij,jchw->ichw", whiten, conv_out.weight[:channels])
+    conv_out.bias[:channels] = whiten @ conv_out.bias[:channels]
+    conv_out.weight[channels:] = 0
+    conv_out.bias[channels:] = (whiten.square() @ variance).log()
+    conv_in.weight.copy_(torch.einsum("ojhw,ji->oihw", conv_in.weight, whiten.inverse()))
+    shift = (whiten @ means.mean((0, 2, 3))).mean().item()
+    vae.register_to_config(scaling_factor=1.0, shift_factor=shift)
 
 
 def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
@@ -135,9 +171,9 @@ def main(config: AutoencoderConfig):
     rng = np.random.default_rng(config.seed)
     vae = tiny_vae(seed=config.seed) if config.init_from is None else AutoencoderKL.from_pretrained(config.init_from)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if config.crop % factor or config.resolution % factor:
+    if config.crop % (2 * factor) or config.resolution % (2 * factor):
         raise ValueError(
-            f"crop and resolution must be multiples of the autoencoder's factor {factor},"
+            f"crop and resolution must be multiples of twice the autoencoder's factor {factor},"
             f" got {config.crop} and {config.resolution}."
         )
     pictures = read_pictures(config)
@@ -151,11 +187,14 @@ def main(config: AutoencoderConfig):
     for _ in budget:
         batch = random_crops(pictures, config, rng)
         posterior = vae.encode(batch).latent_dist
-        drawn = vae.decode(posterior.sample()).sample
-        budget.update(F.mse_loss(drawn, batch) + F.l1_loss(drawn, batch) + config.kl_weight * posterior.kl().mean())
+        latents = posterior.sample()
+        loss = reconstruction_loss(vae.decode(latents).sample, batch) + config.kl_weight * posterior.kl().mean()
+        half = vae.decode(F.avg_pool2d(latents, 2)).sample
+        loss = loss + config.scale_weight * reconstruction_loss(half, F.avg_pool2d(batch, 2))
+        budget.update(loss)
 
     vae.eval()
-    normalise_latents(vae, pictures[:512])
+    whiten_latents(vae, pictures[:512])
     drawn = reconstruct(vae, held_out)
     summary = {"held_out": len(held_out), "psnr": psnr(drawn, held_out), "steps": len(budget.losses)}
     if config.shapes:

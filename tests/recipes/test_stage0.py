@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from iomm_hf import IOMMProcessor
+from iomm_hf import IOMMProcessor, shipped_model
 from iomm_hf.data.images import to_tensor
+from iomm_hf.data.shapes import corpus_scene, render
 from iomm_hf.data.shapes_chat import write_chat
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.streams import SourceConfig, build_stream
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
+from iomm_hf.tiny import tiny_vae
 from iomm_hf.training.stage0 import Budget
 
 
@@ -56,9 +59,51 @@ def test_autoencoder_learns_is_normalised_and_repeatable(pictures, tmp_path):
     stream = build_stream([SourceConfig(pictures)])
     batch = torch.stack([to_tensor(sample["image"]) for sample, _ in zip(stream, range(32), strict=False)])
     with torch.no_grad():
-        latents = vae.encode(batch / 127.5 - 1).latent_dist.mean
+        latents = vae.encode(batch / 127.5 - 1).latent_dist.sample()
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    assert abs(scaled.mean()) < 0.2 and 0.8 < scaled.std() < 1.2  # of 32 other pictures
+    assert abs(scaled.mean()) < 0.2
+    covariance = torch.cov(scaled.transpose(0, 1).flatten(1))
+    assert (covariance - torch.eye(len(covariance))).abs().max() < 0.6  # of 32 other pictures
+
+
+def test_whitening_changes_latents_and_no_picture():
+    module = recipe("train_autoencoder")
+    pictures = torch.stack([torch.from_numpy(render(corpus_scene(5, i)[0])).permute(2, 0, 1) for i in range(48)])
+    vae = tiny_vae()
+    before = module.reconstruct(vae, pictures).int()
+    module.whiten_latents(vae, pictures)
+    assert (module.reconstruct(vae, pictures).int() - before).abs().max() <= 1  # rounding alone
+    with torch.no_grad():
+        posterior = vae.encode(pictures / 127.5 - 1).latent_dist
+    channels = posterior.sample().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(channels), torch.eye(len(channels)), atol=0.05, rtol=0)
+    assert posterior.var.std((0, 2, 3)).max() < 1e-6  # a constant for each channel
+
+
+def test_a_weight_on_half_size_makes_averaged_latents_decode(pictures, tmp_path):
+    module = recipe("train_autoencoder")
+    scenes = (
+        torch.stack([torch.from_numpy(render(corpus_scene(6, i)[0])).permute(2, 0, 1) for i in range(32)]) / 127.5 - 1
+    )
+    settings = {
+        "images": [pictures],
+        "init_from": str(shipped_model() / "vae"),
+        "max_steps": 60,
+        "crop": 32,
+        "held_out": 16,
+    }
+    errors = {}
+    for weight in (0.0, 4.0):
+        folder = tmp_path / str(weight)
+        config = module.AutoencoderConfig(
+            output_dir=str(folder), scale_weight=weight, batch_size=4, learning_rate=5e-4, **settings
+        )
+        module.main(config)
+        vae = AutoencoderKL.from_pretrained(folder)
+        with torch.no_grad():
+            half = vae.decode(F.avg_pool2d(vae.encode(scenes).latent_dist.mean, 2)).sample
+        errors[weight] = F.mse_loss(half, F.avg_pool2d(scenes, 2)).item()
+    assert errors[4.0] < 0.8 * errors[0.0], errors
 
 
 def test_a_crop_is_the_busiest_of_its_candidates():
@@ -173,5 +218,5 @@ def test_too_few_pictures_are_refused(pictures, tmp_path):
 def test_crops_that_the_autoencoder_cannot_halve_are_refused(tmp_path):
     module = recipe("train_autoencoder")
     config = module.AutoencoderConfig(images=["x"], output_dir=str(tmp_path / "vae"), max_steps=1, crop=30)
-    with pytest.raises(ValueError, match="multiples of the autoencoder's factor 4, got 30 and 64"):
+    with pytest.raises(ValueError, match="multiples of twice the autoencoder's factor 4, got 30 and 64"):
         module.main(config)

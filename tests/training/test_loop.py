@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -199,6 +200,19 @@ def test_resuming_with_other_settings_is_refused(settings):
     train(PretrainConfig(**settings | {"max_steps": 6, "log_every": 1}))  # longer and chattier is the same run
     assert rows(settings["output_dir"])[-1]["step"] == 6
     assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
+
+
+def test_the_adapter_has_its_own_rate(settings):
+    config = PretrainConfig(**settings | {"max_steps": 1, "warmup_steps": 0, "adapter_learning_rate": 1e-5})
+    train(config)
+    trained = load_file(list_checkpoints(Path(settings["output_dir"]))[-1] / "state" / "trainable.safetensors")
+    set_seed(config.seed)
+    start = loop.build_pipeline(config)
+    # AdamW's first step moves a weight by the rate
+    queries = trained["encoder.adapter.queries"] - start.text_encoder.adapter.queries
+    assert queries.abs().max().item() == pytest.approx(1e-5, rel=0.05)
+    projection = trained["transformer.proj_out.weight"] - start.transformer.proj_out.weight
+    assert projection.abs().max().item() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(settings):

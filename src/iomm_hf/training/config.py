@@ -77,7 +77,12 @@ class TrainingConfig:
     batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
     gradient_accumulation: int = setting(1, "Forward passes an optimizer step.")
     max_steps: int = setting(1000, "Optimizer steps of the run.")
-    learning_rate: float = setting(1e-4, "Peak rate; `tiny` likes about 1e-3.")
+    learning_rate: float = setting(1e-4, "Peak rate; the `tiny` generator likes about 2e-3.")
+    adapter_learning_rate: float | None = setting(
+        None,
+        "Peak rate of adapter and connector. Default: learning_rate. At rates far above the paper's 1e-4 the adapter's"
+        " output outgrows what the MLLM's layers add to it, and the MLLM is bypassed.",
+    )
     adam_beta1: float = setting(0.9, "AdamW beta 1.")
     adam_beta2: float = setting(0.95, "AdamW beta 2.")
     weight_decay: float = setting(0.0, "AdamW weight decay.")
@@ -110,6 +115,8 @@ class TrainingConfig:
         for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block", "eval_pictures"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.adapter_learning_rate is not None and self.adapter_learning_rate <= 0:
+            raise ValueError(f"adapter_learning_rate must be positive, got {self.adapter_learning_rate}.")
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:

@@ -108,9 +108,15 @@ def train(config: TrainingConfig) -> Path:
         module.encoder.gradient_checkpointing_enable()
         module.transformer.enable_gradient_checkpointing()
     parameters = module.trainable_parameters()
+    rates = {
+        module.encoder: config.adapter_learning_rate or config.learning_rate,
+        module.transformer: config.learning_rate,
+    }
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
+        [
+            {"params": [parameter for parameter in part.parameters() if parameter.requires_grad], "lr": rate}
+            for part, rate in rates.items()
+        ],
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
@@ -180,7 +186,7 @@ def train(config: TrainingConfig) -> Path:
                     torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean"
                 ).item(),
                 "grad_norm": grad_norm,
-                "learning_rate": scheduler.get_last_lr()[0],
+                "learning_rate": scheduler.get_last_lr()[-1],  # the generator's
                 "images_per_second": len(recent) * images_per_step / (now - clock),
                 "skipped": dict(total(skipped)),
             }
