@@ -11,10 +11,12 @@ A YAML file with the same keys is read with `--config`.
 
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
 from trl import TrlParser
 
+from iomm_hf.data.chat import write_chat
 from iomm_hf.data.shapes import TASKS
-from iomm_hf.data.shapes_chat import write_chat
+from iomm_hf.data.shapes_chat import shapes_chat
 from iomm_hf.data.shapes_writer import write_shards
 
 
@@ -42,13 +44,9 @@ class ShapesArguments:
 
 def main(args: ShapesArguments) -> None:
     if args.layout == "chat":
-        write_chat(
-            args.output_dir,
-            args.num_samples,
-            seed=args.seed,
-            image_size=args.image_size,
-            samples_per_shard=args.samples_per_shard,
-        )
+        examples = shapes_chat(args.num_samples, seed=args.seed, image_size=args.image_size)
+        progress = tqdm(examples, "Drawing shapes", total=args.num_samples, unit="scene")
+        write_chat(args.output_dir, progress, args.samples_per_shard)
         return
     write_shards(
         args.output_dir,

@@ -1,11 +1,9 @@
 """Questions and answers of the shapes world: true of their picture, and silent about what is held out."""
 
-import datasets
 import numpy as np
-import pytest
 
 from iomm_hf.data import shapes
-from iomm_hf.data.shapes_chat import chat_example, instructions, questions, write_chat
+from iomm_hf.data.shapes_chat import chat_example, instructions, questions, shapes_chat
 from iomm_hf.tiny import shapes_tokenizer
 
 
@@ -53,19 +51,11 @@ def test_nothing_names_what_is_held_out():
             assert (answer.split()[-1], last) not in shapes.HELD_OUT_POSITION
 
 
-def test_chats_are_read_by_datasets_in_trls_format(tmp_path):
-    shards = write_chat(tmp_path / "one", 10, samples_per_shard=4)
-    assert [shard.name for shard in shards] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
-    data = datasets.load_dataset(str(tmp_path / "one"), split="train")
-    assert len(data) == 10 and data[0]["images"][0].size == (64, 64)
+def test_the_corpus_is_the_same_whoever_draws_it():
+    example = list(shapes_chat(8))[7]
     scene, turn = chat_example(0, 7)
-    assert data[7]["prompt"] == [{"role": "user", "content": turn.question}]
-    assert data[7]["completion"] == [{"role": "assistant", "content": turn.answer}]
-    assert np.array_equal(np.asarray(data[7]["images"][0]), shapes.render(scene))
-    with pytest.raises(FileExistsError, match="another corpus"):
-        write_chat(tmp_path / "one", 4, samples_per_shard=4)
-    with pytest.raises(ValueError, match="num_samples, got 0"):
-        write_chat(tmp_path / "two", 0)
+    assert (example.question, example.answer) == turn
+    assert np.array_equal(np.asarray(example.image), shapes.render(scene))
 
 
 def test_the_tokenizer_knows_all_wordings_as_words():

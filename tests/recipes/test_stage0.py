@@ -1,20 +1,24 @@
 """The recipes that make the small frozen parts: a few real steps each, and folders that the rest can load."""
 
 import importlib.util
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import load_dataset
 from diffusers import AutoencoderKL
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from iomm_hf import IOMMProcessor, shipped_model
+from iomm_hf.data.chat import write_chat
 from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes import corpus_scene, render
-from iomm_hf.data.shapes_chat import write_chat
+from iomm_hf.data.shapes_chat import shapes_chat
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.streams import SourceConfig, build_stream
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
@@ -160,7 +164,7 @@ def vision(tmp_path_factory):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
     module = recipe("sft_mllm")
-    write_chat(tmp_path / "chat", 64)
+    write_chat(tmp_path / "chat", shapes_chat(64))
     settings = ["--model_name_or_path", str(vision), "--dataset_name", str(tmp_path / "chat")]
     settings += ["--output_dir", str(tmp_path / "mllm"), "--max_steps", "20", "--per_device_train_batch_size", "4"]
     settings += ["--learning_rate", "3e-3", "--warmup_steps", "2", "--logging_steps", "10", "--save_strategy", "steps"]
@@ -184,6 +188,30 @@ def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
     assert IOMMProcessor.from_pretrained(tmp_path / "mllm/final").image_seq_length == 16
 
 
+def test_pairs_become_chats_and_bad_ones_are_reported(tmp_path, caplog):
+    module = recipe("make_chat")
+    write_shards(tmp_path / "pairs", 12, samples_per_shard=12)
+    (shard,) = (tmp_path / "pairs").glob("*.tar")
+    with tarfile.open(shard, "a") as tar:
+        for name, content in (("99.jpg", b"not a picture"), ("99.json", b'{"prompt": "nothing"}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    config = module.ChatConfig(
+        pairs=[{"path": str(tmp_path / "pairs"), "caption_column": "json.prompt"}],
+        output_dir=str(tmp_path / "chat"),
+        question="What is it?",
+        resolution=32,
+    )
+    module.main(config)
+    chats = load_dataset(str(tmp_path / "chat"), split="train")
+    assert {row["prompt"][0]["content"] for row in chats} == {"What is it?"}
+    assert {row["images"][0].size for row in chats} == {(32, 32)}
+    expected = [corpus_scene(0, index)[1]["prompt"] for index in range(12)]
+    assert sorted(row["completion"][0]["content"] for row in chats) == sorted(expected)
+    assert "skipped up to now" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "config", "settings", "message"),
     [
@@ -198,6 +226,8 @@ def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
             "either minutes",
         ),
         ("train_autoencoder", "AutoencoderConfig", {"images": ["x"], "minutes": 0.0}, "minutes=0.0"),
+        ("make_chat", "ChatConfig", {"pairs": []}, "at least one source"),
+        ("make_chat", "ChatConfig", {"pairs": ["x"]}, "needs a caption_column"),
         ("warm_up_vision", "VisionConfig", {"num_scenes": 3}, "32, 3 and"),
         ("warm_up_vision", "VisionConfig", {"max_steps": 9, "minutes": 1.0}, "either minutes or max_steps"),
     ],

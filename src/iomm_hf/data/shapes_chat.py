@@ -1,20 +1,17 @@
 """Questions and answers about scenes of the shapes world, to teach a small MLLM to see and to read.
 
-Each example is one turn over one picture in TRL's conversational prompt-completion format with images, the format that
-`recipes/sft_mllm.py` reads from any other data set too. Like the captions, no question and no answer names a held-out
-combination, and no picture shows a held-out pair of colour and shape.
+Each example is one turn over one picture. Like the captions, no question and no answer names a held-out combination, and no
+picture shows a held-out pair of colour and shape.
 """
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from .chat import ChatExample
 from .shapes import (
     COLORS,
     HELD_OUT_COLOR_PAIRS,
@@ -150,54 +147,23 @@ def instructions() -> Iterator[str]:
         yield from (edit.format(**words, a_color_shape=with_article(f"{color} {shape}")) for edit in EDITS)
 
 
-def write_chat(
-    folder: str | os.PathLike, num_samples: int, *, seed: int = 0, image_size: int = 64, samples_per_shard: int = 5000
-) -> list[Path]:
+def shapes_chat(num_samples: int, *, seed: int = 0, image_size: int = 64) -> Iterator[ChatExample]:
     r"""
-    Writes a chat corpus as parquet shards with the columns `images`, `prompt` and `completion`.
+    The chat corpus `seed`, drawn.
 
     Args:
-        folder (`str` or `os.PathLike`): Where to write; made if missing.
-        num_samples (`int`): Examples to write.
+        num_samples (`int`): Examples to draw.
         seed (`int`, *optional*, defaults to 0): The corpus.
         image_size (`int`, *optional*, defaults to 64): Side of the pictures in pixels.
-        samples_per_shard (`int`, *optional*, defaults to 5000): Examples of all shards but the last.
 
-    Returns:
-        `list[Path]`: The shards, in order.
+    Example:
 
-    Raises:
-        ValueError: If a number is not positive.
-        FileExistsError: If the folder holds shards that this call would not replace.
+    ```python
+    >>> [example] = shapes_chat(1)
+    >>> example.image.size, example.question, example.answer
+    ((64, 64), 'Does the image show a diamond?', 'yes')
+    ```
     """
-    import datasets  # an optional dependency, and slow to import
-
-    for name, number in {"num_samples": num_samples, "samples_per_shard": samples_per_shard}.items():
-        if number <= 0:
-            raise ValueError(f"Expected a positive {name}, got {number}.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, num_samples, samples_per_shard)
-    shards = [folder / f"train-{i:05d}-of-{len(starts):05d}.parquet" for i in range(len(starts))]
-    strangers = sorted(set(folder.glob("train-*")) - set(shards))
-    if strangers:
-        raise FileExistsError(f"{folder} holds {strangers[0].name} of another corpus: choose an empty folder.")
-    message = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-    features = datasets.Features({"images": datasets.List(datasets.Image()), "prompt": message, "completion": message})
-    with tqdm(total=num_samples, desc="Drawing shapes", unit="scene") as progress:
-        for start, shard in zip(starts, shards, strict=True):
-            rows: list[dict[str, Any]] = []
-            for index in range(start, min(start + samples_per_shard, num_samples)):
-                scene, turn = chat_example(seed, index)
-                rows.append(
-                    {
-                        "images": [Image.fromarray(render(scene, image_size))],
-                        "prompt": [{"role": "user", "content": turn.question}],
-                        "completion": [{"role": "assistant", "content": turn.answer}],
-                    }
-                )
-                progress.update()
-            temporary = shard.with_name(f"{shard.name}.tmp")
-            datasets.Dataset.from_list(rows, features=features).to_parquet(temporary)
-            temporary.replace(shard)
-    return shards
+    for index in range(num_samples):
+        scene, turn = chat_example(seed, index)
+        yield ChatExample(Image.fromarray(render(scene, image_size)), *turn)
