@@ -2,9 +2,11 @@
 
     python recipes/score_shapes.py --checkpoint outputs/mine/stage2/final --output_dir outputs/mine/score
     python recipes/score_shapes.py --controls false --pictures_per_task 32
+    python recipes/score_shapes.py --checkpoint outputs/mine/stage2/final --beside pairs-only=outputs/other/final
 
 Ceilings: rendered truth, and rendered truth through the autoencoder. Controls: the same checkpoint with each prompt replaced
-by another's, and the same parts with an untrained generator. A score means something only above the controls.
+by another's, and the same parts with an untrained generator. A score means something only above the controls. Rivals, such as
+training on pairs alone at equal steps, are scored on the same prompts and noise.
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +36,14 @@ class ScoreConfig:
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
     controls: bool = field(default=True, metadata={"help": "Also score ceilings, shuffled prompts and no training."})
+    beside: list[str] = field(
+        default_factory=list, metadata={"help": "Rivals to score the same way, each as NAME=FOLDER_OR_ID."}
+    )
+
+    def __post_init__(self):
+        self.rivals = dict(rival.split("=", 1) for rival in self.beside if "=" in rival)
+        if len(self.rivals) < len(self.beside):
+            raise ValueError(f"Each of `beside` needs its own NAME=FOLDER_OR_ID, got {self.beside}.")
 
 
 @torch.no_grad()
@@ -66,11 +76,15 @@ def main(config: ScoreConfig):
         pipeline.transformer = type(pipeline.transformer)(**dict(pipeline.transformer.config)).eval()
         score("untrained generator", draw_plan(pipeline, plan, **settings))
 
+    for name, rival in config.rivals.items():
+        score(name, draw_plan(IOMMPipeline.from_pretrained(rival), plan, **settings))
+
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_json(
         output / "score.json",
-        {"checkpoint": config.checkpoint, **settings} | {name: report.to_dict() for name, report in reports.items()},
+        {"checkpoint": config.checkpoint, "beside": config.rivals, **settings}
+        | {name: report.to_dict() for name, report in reports.items()},
     )
     firsts = {task: [i for i, item in enumerate(metadata) if item["tag"] == task][:6] for task in TASKS}
     columns = min(len(chosen) for chosen in firsts.values())

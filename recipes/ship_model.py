@@ -64,7 +64,7 @@ def card(pipeline: IOMMPipeline, scores: dict) -> str:
     def millions(module) -> float:
         return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
-    reports = {name: value for name, value in scores.items() if isinstance(value, dict)}
+    reports = {name: value for name, value in scores.items() if isinstance(value, dict) and "overall" in value}
     rows = []
     for name, report in reports.items():
         overall = report["overall"]

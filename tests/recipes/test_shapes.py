@@ -36,6 +36,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def score(checkpoint) -> Path:
     module = recipe("score_shapes")
     settings = {"checkpoint": str(checkpoint / "model"), "output_dir": str(checkpoint / "score")}
+    settings["beside"] = [f"rival={checkpoint / 'model'}"]
     module.main(module.ScoreConfig(**settings, pictures_per_task=2, num_inference_steps=1))
     return checkpoint / "score/score.json"
 
@@ -47,7 +48,13 @@ def test_a_score_stands_beside_its_ceilings_and_controls(score):
     assert names <= scores.keys()
     assert all(scores[name]["pictures"] == 12 for name in names)
     assert scores["model"]["overall"]["high"] > 0.2 > scores["model"]["overall"]["value"]  # 12 pictures tell little
+    assert scores["rival"] == scores["model"]  # the same checkpoint, prompts and noise
     assert score.with_name("sheet.png").stat().st_size > 10_000
+
+
+def test_a_rival_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"NAME=FOLDER_OR_ID, got \['outputs/other'\]"):
+        recipe("score_shapes").ScoreConfig(beside=["outputs/other"])
 
 
 def test_a_shipped_model_is_whole_small_and_says_what_it_is(checkpoint, score, tmp_path):
