@@ -122,6 +122,15 @@ def reconstruction_loss(drawn: torch.Tensor, pictures: torch.Tensor) -> torch.Te
     return F.mse_loss(drawn, pictures) + F.l1_loss(drawn, pictures)
 
 
+def autoencoder_loss(vae: AutoencoderKL, batch: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
+    """Reconstruction, the KL term, and reconstruction at half the size from averaged latents."""
+    posterior = vae.encode(batch).latent_dist
+    latents = posterior.sample()
+    loss = reconstruction_loss(vae.decode(latents).sample, batch) + config.kl_weight * posterior.kl().mean()
+    half = vae.decode(F.avg_pool2d(latents, 2)).sample
+    return loss + config.scale_weight * reconstruction_loss(half, F.avg_pool2d(batch, 2))
+
+
 @torch.no_grad()
 def whiten_latents(vae: AutoencoderKL, pictures: torch.Tensor):
     """
@@ -186,12 +195,7 @@ def main(config: AutoencoderConfig):
     budget = Budget(optimizer, config.max_steps, config.minutes, log, "Autoencoder")
     for _ in budget:
         batch = random_crops(pictures, config, rng)
-        posterior = vae.encode(batch).latent_dist
-        latents = posterior.sample()
-        loss = reconstruction_loss(vae.decode(latents).sample, batch) + config.kl_weight * posterior.kl().mean()
-        half = vae.decode(F.avg_pool2d(latents, 2)).sample
-        loss = loss + config.scale_weight * reconstruction_loss(half, F.avg_pool2d(batch, 2))
-        budget.update(loss)
+        budget.update(autoencoder_loss(vae, batch, config))
 
     vae.eval()
     whiten_latents(vae, pictures[:512])

@@ -161,7 +161,7 @@ def shapes_chat(num_samples: int, *, seed: int = 0, image_size: int = 64) -> Ite
     ```python
     >>> [example] = shapes_chat(1)
     >>> example.image.size, example.question, example.answer
-    ((64, 64), 'Does the image show a diamond?', 'yes')
+    ((64, 64), 'Describe the image.', 'a yellow cross right of a blue circle')
     ```
     """
     for index in range(num_samples):
