@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import torch
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.images import resize_and_crop
 from iomm_hf.data.streams import build_stream
+from iomm_hf.evaluation.drawing import draw_batches
 from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses
 from iomm_hf.training.config import as_source
 
@@ -47,9 +47,8 @@ def main(config: ShowConfig):
     pipes = {Path(run).name: IOMMPipeline.from_pretrained(Path(run) / "final") for run in config.runs}
 
     def draw(pipe: IOMMPipeline, count: int, **inputs):
-        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(count)]
-        steps, scale = config.num_inference_steps, config.guidance_scale
-        return pipe(**inputs, generator=generators, num_inference_steps=steps, guidance_scale=scale).images
+        seeds = range(config.seed, config.seed + count)
+        return draw_batches(pipe, seeds, config.num_inference_steps, config.guidance_scale, **inputs)
 
     if config.prompts:
         rows = {name: draw(pipe, len(config.prompts), prompt=config.prompts) for name, pipe in pipes.items()}

@@ -65,8 +65,10 @@ def compare(said: str, wanted: str) -> dict[str, list[bool]]:
     spoken = parse_caption(said) or []
     verdicts: dict[str, list[bool]] = {"whole": [meaning(said) == meaning(wanted)]}
     by_shape, spoken_by_shape = Counter(shape for _, shape in truth), Counter(shape for _, shape in spoken)
-    left = spoken_by_shape.copy()
-    verdicts["shapes"] = [left.subtract([shape]) is None and left[shape] >= 0 for _, shape in truth]
+    # Of two stars one spoken star is right and the other missed.
+    verdicts["shapes"] = [
+        number < spoken_by_shape[shape] for shape, count in by_shape.items() for number in range(count)
+    ]
     colored = Counter(spoken)
     # colours of objects whose shape was named, so that a colour is not counted wrong for a missed object
     verdicts["colors"] = []

@@ -1,6 +1,7 @@
-"""Draws a benchmark's pictures: each from its own noise, seeded by prompt and number, whatever the batch around it."""
+"""Draws pictures to be judged: each from its own noise, whatever the batch around it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +53,45 @@ def draw_plan(
         prompts = [
             prompts[after] for _, after in sorted(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
         ]
+    return draw_batches(pipeline, seeds, num_inference_steps, guidance_scale, batch_size, prompt=prompts)
+
+
+def draw_batches(
+    pipeline: IOMMPipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int = 30,
+    guidance_scale: float = 4.0,
+    batch_size: int = 16,
+    **inputs: Any,
+) -> list[Image.Image]:
+    r"""
+    One picture for each seed.
+
+    Args:
+        pipeline ([`IOMMPipeline`]): The model.
+        seeds (`Sequence[int]`): Of each picture's noise.
+        num_inference_steps, guidance_scale, batch_size: See [`draw_plan`].
+        inputs: What to draw from, as the pipeline names it (`prompt`, `image`), one for each seed.
+
+    Returns:
+        `list[PIL.Image.Image]`, in the order of the seeds.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.tiny import tiny_pipeline
+    >>> [picture] = draw_batches(tiny_pipeline(), seeds=[0], num_inference_steps=1, prompt=["a red circle"])
+    >>> picture.size
+    (64, 64)
+    ```
+    """
     images: list[Image.Image] = []
     pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Drawing", unit="batch", leave=False):
+    for start in tqdm(range(0, len(seeds), batch_size), desc="Drawing", unit="batch", leave=False):
         part = slice(start, start + batch_size)
+        chosen: dict[str, Any] = {name: values[part] for name, values in inputs.items()}
         images += pipeline(  # type: ignore[union-attr]  # return_dict is on
-            prompts[part],
+            **chosen,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],

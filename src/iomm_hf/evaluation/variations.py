@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..data.collate import sample_seed
 from ..pipeline_iomm import IOMMPipeline
+from .drawing import draw_batches
 from .shapes import Share, wilson_share
 
 
@@ -80,20 +80,10 @@ def measure_variations(
         raise ValueError(f"{len(pictures)} pictures leave no other to be confused with.")
     references = picture_features(pipeline, pictures)
     own = torch.arange(len(pictures))
-    pipeline.set_progress_bar_config(disable=True)
+    seeds = [sample_seed(seed, str(number), 0) for number in range(len(pictures))]
 
     def draw(sources: list[Image.Image]) -> list[Image.Image]:
-        images: list[Image.Image] = []
-        for start in tqdm(range(0, len(sources), batch_size), desc="Varying", unit="batch", leave=False):
-            part = sources[start : start + batch_size]
-            numbers = range(start, start + len(part))
-            images += pipeline(  # type: ignore[union-attr]  # return_dict is on
-                image=part,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(sample_seed(seed, str(n), 0)) for n in numbers],
-            ).images
-        return images
+        return draw_batches(pipeline, seeds, num_inference_steps, guidance_scale, batch_size, image=sources)
 
     def share(variations: list[Image.Image]) -> Share:
         found = nearest(picture_features(pipeline, variations), references) == own
