@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: two busy processes of two threads each are slower than of one.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help setup quickstart test test-slow lint format benchmark clean
+.PHONY: help setup quickstart test test-slow lint format clean
 
 help:
 	@echo "make quickstart  set up, train both stages of a tiny IOMM (about ten minutes), draw pictures"
