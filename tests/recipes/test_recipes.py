@@ -49,7 +49,12 @@ def config_is_ours(configs) -> bool:
 
 def recipe_of(path: Path) -> list[type]:
     """The settings that a YAML file is for, by its name."""
-    recipes = {"check": "check_condition_use", "mllm": "sft_mllm", "cache": "precompute_latents"}
+    recipes = {
+        "check": "check_condition_use",
+        "chat": "make_chat",
+        "mllm": "sft_mllm",
+        "cache": "precompute_latents",
+    }
     for word, recipe in recipes.items():
         if word in path.stem:
             return config_classes(load(ROOT / f"recipes/{recipe}.py"))
