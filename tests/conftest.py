@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy test workers are slowe
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from iomm_hf.tiny import tiny_encoder, tiny_processor
@@ -44,3 +45,11 @@ def make_encoder(processor):
 def generators():
     """One CPU generator per sample."""
     return lambda count, seed=0: [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate holds one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

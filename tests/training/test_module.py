@@ -98,6 +98,16 @@ def test_bf16_autocast_trains(module, samples, collate):
     assert {gradient.dtype for gradient in gradients(module, loss).values()} == {torch.float32}
 
 
+def test_a_compiled_generator_gives_the_same_gradients(module, samples, collate):
+    compiled = IOMMTrainingModule(module.encoder, module.transformer, module.vae, mask_ratio=0.5, compile=True).train()
+    batch = collate(samples)
+    plain = gradients(module, module(batch))
+    fused = gradients(compiled, compiled(batch))
+    assert plain.keys() == fused.keys()
+    for name, gradient in plain.items():
+        assert torch.allclose(fused[name], gradient, rtol=1e-3, atol=1e-5), name
+
+
 @torch.no_grad()
 def test_cached_samples_give_the_losses_of_the_pictures_themselves(module, samples, collate):
     batch = collate(samples)

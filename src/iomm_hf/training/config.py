@@ -5,7 +5,7 @@ compared when it resumes; the few fields in `FREE_ON_RESUME` may differ.
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..data.streams import SourceConfig
 from ..flow_matching import TimestepSampling
@@ -77,6 +77,9 @@ class TrainingConfig:
     batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
     gradient_accumulation: int = setting(1, "Forward passes an optimizer step.")
     max_steps: int = setting(1000, "Optimizer steps of the run.")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw (the paper's B and L), or muon (its XL): Muon for matrices, AdamW for the rest."
+    )
     learning_rate: float = setting(1e-4, "Peak rate; the `tiny` generator likes about 2e-3.")
     adapter_learning_rate: float | None = setting(
         None,
@@ -91,6 +94,9 @@ class TrainingConfig:
     warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
     ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
     mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
+    compile: bool = setting(
+        False, "Compile the generator with torch.compile (our choice); it needs a C++ compiler on CPUs."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Everything random derives from it.")
 

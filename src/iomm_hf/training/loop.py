@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
@@ -50,6 +52,7 @@ from .checkpoints import (
 )
 from .config import TrainingConfig, changed_settings
 from .module import IOMMTrainingModule
+from .optimizers import build_optimizers
 from .setup import build_pipeline, check_caches, frozen_on_hub
 
 
@@ -91,44 +94,6 @@ def train(config: TrainingConfig) -> Path:
     if resolution % pipeline.size_multiple:
         raise ValueError(f"resolution must be a multiple of {pipeline.size_multiple}, got {resolution}.")
     pipeline.register_to_config(resolution=resolution)
-    mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
-    if config.mixed_precision == "bf16":
-        # Frozen, so nothing is lost in small updates. Weights alone: a bf16 rotary buffer would move every position.
-        for parameter in pipeline.text_encoder.mllm.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    module = IOMMTrainingModule(
-        pipeline.text_encoder,
-        pipeline.transformer,
-        pipeline.vae,
-        mask_ratio,
-        config.timestep_sampling,
-        config.timestep_shift,
-    ).train()
-    if config.gradient_checkpointing:
-        module.encoder.gradient_checkpointing_enable()
-        module.transformer.enable_gradient_checkpointing()
-    parameters = module.trainable_parameters()
-    rates = {
-        module.encoder: config.adapter_learning_rate or config.learning_rate,
-        module.transformer: config.learning_rate,
-    }
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter for parameter in part.parameters() if parameter.requires_grad], "lr": rate}
-            for part, rate in rates.items()
-        ],
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
-    )
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
-    keep_frozen_out(accelerator, module)
-    ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     # 2. Data: every rank reads its own share, so Accelerate need not split or dispatch.
     stream = build_stream(
@@ -147,20 +112,54 @@ def train(config: TrainingConfig) -> Path:
         stream, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers, drop_last=True
     )
 
-    # 3. Resume
+    # 3. What trains
+    mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
+    if config.mixed_precision == "bf16":
+        # Frozen, so nothing is lost in small updates. Weights alone: a bf16 rotary buffer would move every position.
+        for parameter in pipeline.text_encoder.mllm.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    module = IOMMTrainingModule(
+        pipeline.text_encoder,
+        pipeline.transformer,
+        pipeline.vae,
+        mask_ratio,
+        config.timestep_sampling,
+        config.timestep_shift,
+        config.compile,
+    ).train()
+    if config.gradient_checkpointing:
+        module.encoder.gradient_checkpointing_enable()
+        module.transformer.enable_gradient_checkpointing()
+    parameters = module.trainable_parameters()
+    optimizers = build_optimizers(config, module)
+    schedulers = [
+        get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+        for optimizer in optimizers
+    ]
+    wrapped, *optimizers = accelerator.prepare(module, *optimizers)
+    keep_frozen_out(accelerator, module)
+    ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+
+    # 4. Resume
     step = 0
     skipped: Counter[str] = Counter()
     if checkpoint is not None:
         rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
         loader.load_state_dict(rank_state["loader"])
-        scheduler.load_state_dict(trainer_state["scheduler"])
+        for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
         step, skipped = trainer_state["step"], Counter(rank_state["skipped"])
         logger.info("Resuming from %s", checkpoint)
     if accelerator.is_main_process:
         keep_log_until(output_dir / "log.jsonl", step)
     accelerator.init_trackers("iomm", config=flat(config.to_dict()))
 
-    # 4. Train
+    # 5. Train
     images_per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     progress = tqdm(
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
@@ -169,8 +168,9 @@ def train(config: TrainingConfig) -> Path:
     recent: list[float] = []  # losses since the last line of the log
     clock = time.monotonic()
     while step < config.max_steps:
-        loss, grad_norm = update(accelerator, wrapped, optimizer, batches, config, skipped)
-        scheduler.step()
+        loss, grad_norm = update(accelerator, wrapped, optimizers, batches, config, skipped)
+        for scheduler in schedulers:
+            scheduler.step()
         if ema is not None:
             ema.step(parameters)
         step += 1
@@ -186,7 +186,7 @@ def train(config: TrainingConfig) -> Path:
                     torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean"
                 ).item(),
                 "grad_norm": grad_norm,
-                "learning_rate": scheduler.get_last_lr()[-1],  # the generator's
+                "learning_rate": schedulers[-1].get_last_lr()[-1],  # the generator's
                 "images_per_second": len(recent) * images_per_step / (now - clock),
                 "skipped": dict(total(skipped)),
             }
@@ -215,7 +215,7 @@ def train(config: TrainingConfig) -> Path:
             trainer_state = {
                 "step": step,
                 "num_processes": accelerator.num_processes,
-                "scheduler": scheduler.state_dict(),
+                "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                 "config": config.to_dict(),
             }
             rank_state = {"loader": loader.state_dict(), "skipped": skipped}
@@ -226,7 +226,7 @@ def train(config: TrainingConfig) -> Path:
             clock = time.monotonic()
     progress.close()
 
-    # 5. The result: whole in itself, but for frozen parts that the Hub holds
+    # 6. The result: whole in itself, but for frozen parts that the Hub holds
     final = output_dir / "final"
     if config.mixed_precision == "bf16" and not frozen_on_hub(pipeline):
         pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
@@ -238,12 +238,12 @@ def train(config: TrainingConfig) -> Path:
     if all_skipped:
         logger.warning("Bad samples skipped: %s", dict(all_skipped))
     # DDP first: freed after the process group, it would wait for gloo's threads while holding the lock that they wait for.
-    wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)
+    wrapped, *optimizers = accelerator.free_memory(wrapped, *optimizers)
     accelerator.end_training()
     return final
 
 
-def update(accelerator, wrapped, optimizer, batches, config: TrainingConfig, skipped: Counter) -> tuple[float, float]:
+def update(accelerator, wrapped, optimizers, batches, config: TrainingConfig, skipped: Counter) -> tuple[float, float]:
     """One optimizer step over `gradient_accumulation` batches; returns this rank's mean loss and the gradient's norm."""
     losses = []
     grad_norm = 0.0
@@ -253,7 +253,7 @@ def update(accelerator, wrapped, optimizer, batches, config: TrainingConfig, ski
             for name, value in next(batches).items()
         }
         skipped.update(batch["skipped"])
-        with accelerator.accumulate(wrapped):
+        with accelerator.accumulate(wrapped), attention_kernel(accelerator):
             loss = wrapped(batch)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -264,9 +264,17 @@ def update(accelerator, wrapped, optimizer, batches, config: TrainingConfig, ski
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
     return sum(losses) / len(losses), grad_norm
+
+
+def attention_kernel(accelerator: Accelerator) -> AbstractContextManager:
+    """PyTorch's choice, but for bf16 on CPUs: there fused attention takes longer backward than the whole plain one."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:

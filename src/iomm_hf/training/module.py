@@ -30,6 +30,7 @@ class IOMMTrainingModule(nn.Module):
         mask_ratio (`float`): Share r of image tokens hidden, in [0, 1).
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`): Law of t.
         timestep_shift (`float`, *optional*, defaults to 1.0): See [`~iomm_hf.flow_matching.shift_time`].
+        compile (`bool`, *optional*, defaults to `False`): Compiles the generator for training; drawing stays eager.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class IOMMTrainingModule(nn.Module):
         mask_ratio: float,
         timestep_sampling: TimestepSampling = "uniform",
         timestep_shift: float = 1.0,
+        compile: bool = False,
     ):
         super().__init__()
         self.encoder = encoder
@@ -48,6 +50,7 @@ class IOMMTrainingModule(nn.Module):
         self.mask_ratio = mask_ratio
         self.timestep_sampling = timestep_sampling
         self.timestep_shift = timestep_shift
+        self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
 
     def train(self, mode: bool = True) -> "IOMMTrainingModule":
         super().train(mode)
@@ -103,7 +106,7 @@ class IOMMTrainingModule(nn.Module):
         if conditions_from is not None:
             condition = condition[conditions_from]
             condition_mask = None if condition_mask is None else condition_mask[conditions_from]
-        velocity = predict_velocity(
+        velocity = self.predict_velocity(
             self.transformer, interpolate(latents, noise, timestep), timestep, condition, condition_mask
         )
         return flow_matching_loss(velocity, velocity_target(latents, noise))
