@@ -58,12 +58,14 @@ def recipe_of(path: Path) -> list[type]:
     for word, recipe in recipes.items():
         if word in path.stem:
             return config_classes(load(ROOT / f"recipes/{recipe}.py"))
-    return [FinetuneConfig if "finetune" in path.stem else PretrainConfig]
+    return [FinetuneConfig if "finetune" in path.stem or path.stem.startswith("compare") else PretrainConfig]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_yaml_files_fit_their_recipe(path, tmp_path):
     flags = [] if path.stem.startswith("check") else ["--output_dir", str(tmp_path)]
+    if path.stem.startswith("compare"):  # its script fills in the data
+        flags += ["--images", "pictures", "--mix_ratio", "1"]
     for parsed in TrlParser(recipe_of(path)).parse_args_and_config(["--config", str(path), *flags]):
         if isinstance(parsed, TrainingConfig):
             assert parsed.preset == "tiny"
