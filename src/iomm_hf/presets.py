@@ -64,7 +64,7 @@ PRESETS = {
             "in_channels": 16,
             "num_layers": 2,
             "num_single_layers": 4,
-            "num_attention_heads": 4,
+            "num_attention_heads": 6,
             "attention_head_dim": 32,
             "joint_attention_dim": 128,
             "pooled_projection_dim": 128,
