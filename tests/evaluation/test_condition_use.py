@@ -62,7 +62,7 @@ def test_a_trained_condition_is_seen(pipeline, stream):
         pipe.vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, 0.0).train()
     optimizer = torch.optim.AdamW(module.trainable_parameters(), lr=2e-3)
-    for step in range(60):
+    for step in range(100):
         batch = IOMMCollator(pipe.processor, 64, condition_dropout=0.0, seed=100 + step)(eight)
         optimizer.zero_grad()
         module(batch).backward()
