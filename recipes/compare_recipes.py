@@ -13,7 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ COMPARISONS = [
     (("image", "mix"), ("image", "image")),
     (("pair", "image"), ("image", "image")),
 ]
+FREE = {"output_dir", "results_dir", "seeds"}  # may change while a study goes on
 PROMPTS = ["a star", "a red circle", "two hearts", "a square and a ring", "a heart left of a star", "a blue cross"]
 
 
@@ -79,6 +80,19 @@ class CompareConfig:
         default_factory=lambda: torch.cuda.device_count() or os.cpu_count() or 1,
         metadata={"help": "Ranks of a training. Default: one a GPU, or one a CPU core."},
     )
+
+
+def claim(config: CompareConfig):
+    """Writes the study's settings into both folders, or refuses folders of a study with others."""
+    study = {key: value for key, value in asdict(config).items() if key not in FREE}
+    study |= {stage: yaml.safe_load(Path(study[stage]).read_text()) for stage in ("pretrain", "finetune")}
+    for folder in (Path(config.output_dir), Path(config.results_dir)):
+        file = folder / "study.json"
+        if file.exists() and (saved := json.loads(file.read_text())) != study:
+            differing = sorted(key for key in study if saved.get(key) != study[key])
+            raise ValueError(f"{folder} holds a study with another {', '.join(differing)}; choose other folders.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, study)
 
 
 def run(script: str, settings: dict[str, Any], *launch: str):
@@ -135,7 +149,6 @@ def score(config: CompareConfig, final: Path, path: Path):
     strip = Image.new("RGB", (sum(sample.width for sample in samples), samples[0].height))
     for column, sample in enumerate(samples):
         strip.paste(sample, (column * sample.width, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
     strip.save(path.with_suffix(".png"))
     write_json(path, report.to_dict() | sampling)
 
@@ -210,6 +223,7 @@ def write_report(results: Path):
 
 
 def main(config: CompareConfig):
+    claim(config)
     results = Path(config.results_dir)
     for seed in config.seeds:
         for pretraining, finetuning in PAPER:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,16 @@ def config(module, tmp_path):
 def test_only_what_is_missing_is_run(module, config, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "untrained")
     results = tmp_path / "results"
+    results.mkdir()
     for recipe in module.PAPER.keys() - {("image", "mix")}:
         module.score(config, tmp_path / "untrained", results / f"{'-'.join(recipe)}-0.json")
     module.main(config)
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["data", "image-0", "image-mix-0"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "data",
+        "image-0",
+        "image-mix-0",
+        "study.json",
+    ]
     finetuned = yaml.safe_load((tmp_path / "runs/image-mix-0/settings.yaml").read_text())
     assert finetuned["init_from"] == str(tmp_path / "runs/image-0/final") and finetuned["mix_ratio"] == 0.5
     pretrained = yaml.safe_load((tmp_path / "runs/image-0/settings.yaml").read_text())
@@ -55,6 +62,8 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
     assert "| image | mix | 0.89 | 0.000 | 0.000 [0.000, " in table
     assert table.count("not told apart") == len(module.COMPARISONS)  # one seed tells nothing
     assert all((results / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
+    with pytest.raises(ValueError, match="a study with another num_pairs"):
+        module.main(replace(config, num_pairs=4))
 
 
 def test_differences_are_told_apart_by_seeds_alone(module, tmp_path):
