@@ -43,7 +43,7 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path):
     for name, folder in runs.items():
         rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
         axis.plot([row["images"] for row in rows], [row["loss"] for row in rows], label=name)
-    axis.set(xlabel="pictures seen in the stage", ylabel="flow-matching loss", ylim=(0, None))
+    axis.set(xlabel="pictures seen in the stage", ylabel="flow-matching loss", yscale="log")
     axis.legend()
     axis.grid(alpha=0.3)
     save(figure, path)
@@ -61,6 +61,6 @@ def plot_logs(files: Sequence[str | Path], path: str | Path):
 
 
 def save(figure: plt.Figure, path: str | Path):
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")  # makes room for titles of two lines, as tight_layout did not
     figure.savefig(path, dpi=110)
     plt.close(figure)
