@@ -5,7 +5,8 @@
     python recipes/score_shapes.py --checkpoint outputs/mine/stage2/final --beside pairs-only=outputs/other/final
 
 Ceilings: rendered truth, and rendered truth through the autoencoder. Controls: the same checkpoint with each prompt replaced
-by another's, and the same parts with an untrained generator. A score means something only above the controls. Rivals, such as
+by another's, and the same parts with an untrained generator. Variations of rendered truth replace the prompt by a picture that
+fits it: where they score no better, the generator is what falls short, not how it is told what to draw. A score means something only above the controls. Rivals, such as
 training on pairs alone at equal steps, are scored on the same prompts and noise.
 """
 
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf.data.collate import sample_seed
 from iomm_hf.data.shapes import TASKS
-from iomm_hf.evaluation.drawing import draw_plan
+from iomm_hf.evaluation.drawing import draw_batches, draw_plan
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, render_truth, score_pictures
 from iomm_hf.pipeline_iomm import decode_latents, draw_latents
@@ -35,7 +38,9 @@ class ScoreConfig:
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks."})
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
-    controls: bool = field(default=True, metadata={"help": "Also score ceilings, shuffled prompts and no training."})
+    controls: bool = field(
+        default=True, metadata={"help": "Also score ceilings, variations, shuffled prompts and no training."}
+    )
     beside: list[str] = field(
         default_factory=list, metadata={"help": "Rivals to score the same way, each as NAME=FOLDER_OR_ID."}
     )
@@ -71,6 +76,9 @@ def main(config: ScoreConfig):
         truth = render_truth(plan, pipeline.resolution)
         score("rendered truth", truth)
         score("truth through the autoencoder", through_autoencoder(pipeline, truth))
+        scenes = [Image.fromarray(picture) for picture in truth]
+        noise = [sample_seed(picture.seed, picture.metadata["prompt"], 0) for picture in plan]
+        score("variations of rendered truth", draw_batches(pipeline, noise, **settings, image=scenes))
         score("shuffled prompts", draw_plan(pipeline, plan, **settings, shuffle_conditions=True))
         torch.manual_seed(0)
         pipeline.transformer = type(pipeline.transformer)(**dict(pipeline.transformer.config)).eval()
