@@ -5,9 +5,9 @@
     python recipes/score_shapes.py --checkpoint outputs/mine/stage2/final --beside pairs-only=outputs/other/final
 
 Ceilings: rendered truth, and rendered truth through the autoencoder. Controls: the same checkpoint with each prompt replaced
-by another's, and the same parts with an untrained generator. Variations of rendered truth replace the prompt by a picture that
-fits it: where they score no better, the generator is what falls short, not how it is told what to draw. A score means something only above the controls. Rivals, such as
-training on pairs alone at equal steps, are scored on the same prompts and noise.
+by another's, and the same parts with an untrained generator. A score means something only above the controls. Variations of
+rendered truth read a picture that fits the prompt in place of it: where they score no better, it is not the text that holds the
+model back. Rivals, such as training on pairs alone at equal steps, are scored on the same prompts and noise.
 """
 
 from dataclasses import dataclass, field
