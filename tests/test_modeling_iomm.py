@@ -56,15 +56,18 @@ def adapter_gradients(encoder, condition):
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("adapter_type", ["residual", "plain"])
 @pytest.mark.parametrize("text_model", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_prefix_pass_equals_full_pass(processor, batch, image_mask, text_model, checkpointing):
+def test_prefix_pass_equals_full_pass(processor, batch, image_mask, text_model, checkpointing, adapter_type):
     mllm = PRESETS["tiny"].mllm_config
     text_config = mllm["text_config"] | {"model_type": text_model, "vocab_size": len(processor.tokenizer)}
     config = InternVLConfig(**mllm | {"text_config": text_config, "image_token_id": processor.image_token_id})
     torch.manual_seed(0)
     encoder = IOMMConditionEncoder(
-        IOMMConfig(mllm_config=config, num_queries=8, adapter_head_dim=32, connector_layers=1)
+        IOMMConfig(
+            mllm_config=config, num_queries=8, adapter_head_dim=32, connector_layers=1, adapter_type=adapter_type
+        )
     )
     encoder.train()
     if checkpointing:
@@ -190,6 +193,26 @@ def test_all_rows_are_prefix_and_queries(make_encoder, batch):
     assert torch.equal(rows.condition[:, -16:], queries)
 
 
+def test_without_queries_the_rows_are_the_mllms_own(make_encoder, batch, image_mask, tmp_path):
+    encoder = make_encoder(num_queries=0, condition_tokens="all")
+    assert encoder.adapter is None and not list(filter(lambda p: p.requires_grad, encoder.parameters()))
+    with torch.no_grad():
+        rows = encoder(**batch, image_mask=image_mask, output_hidden_states=True)
+        embeddings, mask, positions = encoder.embed(**batch, image_mask=image_mask)
+        hidden = encoder.mllm.model.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions
+        )
+    assert torch.equal(rows.condition, hidden.last_hidden_state) and torch.equal(rows.condition_mask, mask.bool())
+    assert not rows.hidden_states
+
+    encoder.mllm.save_pretrained(tmp_path / "mllm")
+    encoder.config.mllm_name_or_path = str(tmp_path / "mllm")
+    encoder.save_pretrained(tmp_path / "encoder", include_frozen=False)
+    loaded = IOMMConditionEncoder.from_pretrained(tmp_path / "encoder")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch, image_mask=image_mask).condition, rows.condition)
+
+
 def test_adapter_has_the_papers_weights():
     adapter = ResidualQueryAdapter(hidden_size=1536, num_queries=256, head_dim=128)
     assert sum(p.numel() for p in adapter.parameters()) == 28_718_592
@@ -294,7 +317,9 @@ def test_bad_inputs_are_refused_with_the_numbers(make_encoder, batch, processor,
     [
         ("condition_tokens", "some"),
         ("mask_mode", "hide"),
-        ("num_queries", 0),
+        ("num_queries", -1),
+        ("num_queries", 0),  # the generator would have nothing to read
+        ("adapter_type", "deep"),
         ("connector_layers", -1),
         ("adapter_head_dim", 100),
     ],

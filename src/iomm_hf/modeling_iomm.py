@@ -43,7 +43,11 @@ class IOMMConfig(PreTrainedConfig):
         mllm_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the frozen MLLM: any InternVL of transformers with a causal, full-attention language model.
         num_queries (`int`, *optional*, defaults to 256):
-            Learned queries of the adapter (paper: 256).
+            Learned queries of the adapter (paper: 256). At 0 there is no adapter and the generator reads the MLLM's own
+            rows, as in the paper's ablation; this needs `condition_tokens="all"`.
+        adapter_type (`str`, *optional*, defaults to `"residual"`):
+            `"residual"` is [`ResidualQueryAdapter`] (the paper's); `"plain"` is [`LearnedQueries`], which it is
+            compared with.
         adapter_head_dim (`int`, *optional*, defaults to 128):
             Width of an attention head in adapter and connector; it must divide the MLLM's hidden size. The paper gives
             none, and it does not change the number of weights.
@@ -76,6 +80,7 @@ class IOMMConfig(PreTrainedConfig):
 
     mllm_config: Any = None  # `SubConfigSpec` makes it a config
     num_queries: int = 256
+    adapter_type: Literal["residual", "plain"] = "residual"
     adapter_head_dim: int = 128
     condition_tokens: Literal["queries", "all"] = "queries"
     mask_mode: Literal["drop", "zero"] = "drop"
@@ -86,8 +91,10 @@ class IOMMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.num_queries < 1:
-            raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
+        if self.num_queries < 0:
+            raise ValueError(f"num_queries must be 0 or more, got {self.num_queries}.")
+        if self.num_queries == 0 and self.condition_tokens == "queries":
+            raise ValueError("num_queries=0 leaves the generator nothing to read; set condition_tokens='all'.")
         if self.connector_layers < 0:
             raise ValueError(f"connector_layers must be 0 or more, got {self.connector_layers}.")
         if self.hidden_size % self.adapter_head_dim:
@@ -197,6 +204,33 @@ class ResidualQueryAdapter(nn.Module):
         return queries + self.mlp(queries)
 
 
+class LearnedQueries(nn.Module):
+    r"""
+    Queries that look at nothing before the MLLM reads them (MetaQuery, arXiv:2504.06256): what the paper compares its
+    adapter with.
+
+    Args:
+        hidden_size (`int`): Width D of the MLLM.
+        num_queries (`int`): Number of learned queries.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iomm_hf.modeling_iomm import LearnedQueries
+    >>> LearnedQueries(hidden_size=64, num_queries=4)(torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.bool)).shape
+    torch.Size([2, 4, 64])
+    ```
+    """
+
+    def __init__(self, hidden_size: int, num_queries: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, hidden_size) / hidden_size**0.5)
+
+    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.queries.expand(len(embeddings), -1, -1)
+
+
 class IOMMConnectorLayer(nn.Module):
     """One bidirectional pre-norm layer over the condition rows."""
 
@@ -294,7 +328,7 @@ class IOMMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ResidualQueryAdapter", "IOMMConnectorLayer"]
+    _no_split_modules = ["ResidualQueryAdapter", "LearnedQueries", "IOMMConnectorLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -310,7 +344,7 @@ class IOMMPreTrainedModel(PreTrainedModel):
             # Scaled by width (our choice): with a fixed 0.02 two pictures' queries would differ by 1 % at small widths.
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, ResidualQueryAdapter):
+        elif isinstance(module, ResidualQueryAdapter | LearnedQueries):
             init.normal_(module.queries, std=self.config.hidden_size**-0.5)
 
 
@@ -346,7 +380,11 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 "The MLLM must be an InternVL with a full-attention language model, got"
                 f" {config.mllm_config.model_type!r} with layers {sorted(layer_types)}."
             )
-        self.adapter = ResidualQueryAdapter(config.hidden_size, config.num_queries, config.adapter_head_dim)
+        self.adapter: nn.Module | None = None
+        if config.num_queries and config.adapter_type == "residual":
+            self.adapter = ResidualQueryAdapter(config.hidden_size, config.num_queries, config.adapter_head_dim)
+        elif config.num_queries:
+            self.adapter = LearnedQueries(config.hidden_size, config.num_queries)
         self.connector = nn.ModuleList(
             IOMMConnectorLayer(config.hidden_size, config.adapter_head_dim) for _ in range(config.connector_layers)
         )
@@ -476,16 +514,17 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 use_cache=True,
             ).last_hidden_state  # (B, L, D)
 
-        queries = self.adapter(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
-        query_mask = mask.new_ones(len(mask), num_queries)
-        query_positions = lengths + torch.arange(num_queries, device=lengths.device)  # (B, Q)
-        hidden_states = self._run_queries(queries, torch.cat([mask, query_mask], dim=1), query_positions, cache)
-
-        condition = hidden_states[-1]
-        condition_mask = None
-        if self.config.condition_tokens == "all":
-            condition = torch.cat([prefix, condition], dim=1)
-            condition_mask = torch.cat([mask, query_mask], dim=1)
+        hidden_states: list[torch.Tensor] = []
+        condition: torch.Tensor = prefix
+        condition_mask: torch.Tensor | None = mask
+        if self.adapter is not None:
+            queries = self.adapter(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
+            full_mask = torch.cat([mask, mask.new_ones(len(mask), num_queries)], dim=1)
+            query_positions = lengths + torch.arange(num_queries, device=lengths.device)  # (B, Q)
+            hidden_states = self._run_queries(queries, full_mask, query_positions, cache)
+            condition, condition_mask = hidden_states[-1], None
+            if self.config.condition_tokens == "all":
+                condition, condition_mask = torch.cat([prefix, condition], dim=1), full_mask
         for layer in self.connector:
             condition = self._checkpointed(layer, condition, condition_mask)
 
@@ -539,7 +578,12 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """That of the trained part, which `config.dtype` records; the frozen MLLM may be held in another."""
-        return self.adapter.queries.dtype
+        return self._any_weight().dtype
+
+    def _any_weight(self) -> nn.Parameter:
+        """A trained one, or the MLLM's where none trains."""
+        part = next(part for part in (self.adapter, *self.connector, self.mllm) if part is not None)
+        return next(part.parameters())
 
     @torch.no_grad()
     def generate(self, *args, **kwargs) -> torch.LongTensor:
@@ -556,8 +600,8 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         **kwargs,
     ):
         r"""
-        Writes the encoder. With `include_frozen=False` the MLLM's weights stay out, and loading fetches them from
-        `config.mllm_name_or_path`.
+        Writes the encoder. With `include_frozen=False` the MLLM's weights stay out, unless there are no others, and
+        loading fetches them from `config.mllm_name_or_path`.
 
         Raises:
             `ValueError`: `include_frozen=False` without such a reference, since nobody could load the result.
@@ -566,7 +610,8 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         if not include_frozen:
             if self.config.mllm_name_or_path is None:
                 raise ValueError("include_frozen=False needs config.mllm_name_or_path, from which to load the MLLM.")
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("mllm.")}
+            trained = {name: value for name, value in state_dict.items() if not name.startswith("mllm.")}
+            state_dict = trained or state_dict  # a file must hold something
         # diffusers passes the last two on only to methods that name them.
         super().save_pretrained(
             save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant, **kwargs
@@ -623,7 +668,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 f" {hash_weight_files(folder)}, expected {config.mllm_hash} ({config.mllm_name_or_path!r}, revision"
                 f" {config.mllm_revision!r})."
             )
-        device, dtype = self.adapter.queries.device, self.adapter.queries.dtype
+        device, dtype = self._any_weight().device, self._any_weight().dtype
         self.mllm.to("meta")  # frees the placeholders before the real weights arrive
         self.mllm = load_mllm(folder, dtype=dtype).to(device)
 

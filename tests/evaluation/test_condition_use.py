@@ -65,7 +65,7 @@ def test_a_trained_condition_is_seen(pipeline, stream):
     for step in range(100):
         batch = IOMMCollator(pipe.processor, 64, condition_dropout=0.0, seed=100 + step)(eight)
         optimizer.zero_grad()
-        module(batch).backward()
+        module(batch)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(module.trainable_parameters(), 1.0)
         optimizer.step()
     result = measure_condition_use(pipe, iter(eight), 8, mask_ratio=0.0, draws=8, batch_size=8)

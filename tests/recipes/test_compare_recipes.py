@@ -1,6 +1,5 @@
 """The six recipes: what is there is not run again, what is missing is trained, and the report says no more than seeds allow."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,23 +8,18 @@ import pytest
 import yaml
 
 from iomm_hf.tiny import tiny_pipeline
-
-
-RECIPE = Path(__file__).parents[2] / "recipes/compare_recipes.py"
+from iomm_hf.training import FinetuneConfig
 
 
 @pytest.fixture(scope="module")
-def module():
-    spec = importlib.util.spec_from_file_location("compare_recipes", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(recipe):
+    return recipe("compare_recipes")
 
 
 @pytest.fixture
 def config(module, tmp_path):
     for stage in ("pretrain", "finetune"):
-        settings = yaml.safe_load((RECIPE.parent / f"configs/compare-{stage}.yaml").read_text())
+        settings = yaml.safe_load((Path(module.__file__).parent / f"configs/compare-{stage}.yaml").read_text())
         (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(settings | {"max_steps": 1, "batch_size": 2}))
     return module.CompareConfig(
         output_dir=str(tmp_path / "runs"),
@@ -43,46 +37,105 @@ def config(module, tmp_path):
 
 def test_only_what_is_missing_is_run(module, config, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "untrained")
-    results = tmp_path / "results"
-    results.mkdir()
-    for recipe in module.PAPER.keys() - {("image", "mix")}:
-        module.score(config, tmp_path / "untrained", results / f"{'-'.join(recipe)}-0.json")
+    for arm in module.STUDIES["six_recipes"].arms:
+        if arm.label != "image > mix":
+            module.score(config, tmp_path / "untrained", module.score_file(config, arm, 0))
     module.main(config)
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "data",
-        "image-0",
-        "image-mix-0",
-        "study.json",
-    ]
-    finetuned = yaml.safe_load((tmp_path / "runs/image-mix-0/settings.yaml").read_text())
-    assert finetuned["init_from"] == str(tmp_path / "runs/image-0/final") and finetuned["mix_ratio"] == 0.5
-    pretrained = yaml.safe_load((tmp_path / "runs/image-0/settings.yaml").read_text())
-    assert pretrained["pairs"] == [] and pretrained["mix_ratio"] == 1.0
-    table = (results / "table.md").read_text()
-    assert "| image | mix | 0.89 | 0.000 | 0.000 [0.000, " in table
-    assert table.count("not told apart") == len(module.COMPARISONS)  # one seed tells nothing
-    assert all((results / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
+    pretrained, finetuned = (
+        "pretrain_mix_ratio=1.0-seed_0",
+        "pretrain_mix_ratio=1.0-finetune_mix_ratio=0.5,num_pairs=8-seed_0",
+    )
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(
+        ["data", pretrained, finetuned, "study.json"]
+    )
+    settings = yaml.safe_load((tmp_path / "runs" / finetuned / "settings.yaml").read_text())
+    assert settings["init_from"] == str(tmp_path / "runs" / pretrained / "final") and settings["mix_ratio"] == 0.5
+    settings = yaml.safe_load((tmp_path / "runs" / pretrained / "settings.yaml").read_text())
+    assert settings["pairs"] == [] and settings["mix_ratio"] == 1.0
+    report = tmp_path / "results/six_recipes"
+    table = (report / "table.md").read_text()
+    assert "| image > mix | 0.89 | 0.000 | 0.000 [0.000, " in table
+    assert table.count("not told apart") == len(module.STUDIES["six_recipes"].comparisons)  # one seed tells nothing
+    assert all((report / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
     with pytest.raises(ValueError, match="a study with another num_pairs"):
         module.main(replace(config, num_pairs=4))
 
 
-def test_differences_are_told_apart_by_seeds_alone(module, tmp_path):
-    overall = {
-        ("image", "mix"): [0.60, 0.62, 0.61],
-        ("image", "pair"): [0.40, 0.43, 0.41],
-        ("pair", "mix"): [0.50, 0.70, 0.60],
-    }
-    for (pretraining, finetuning), values in overall.items():
-        for seed, value in enumerate(values):
+def write_scores(module, config, study: str, values: dict[str, list[float]]):
+    """Scores as if they had been measured, by label and seed."""
+    for arm in module.STUDIES[study].arms:
+        for seed, value in enumerate(values.get(arm.label, [])):
+            path = module.score_file(config, arm, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
             report = {
                 "overall": {"value": value, "low": value - 0.02, "high": value + 0.02},
                 "tasks": {task: {"accuracy": value} for task in module.TASKS},
             }
-            name = f"{pretraining}-{finetuning}-{seed}"
-            (tmp_path / f"{name}.json").write_text(json.dumps(report))
-            module.Image.new("RGB", (64 * len(module.PROMPTS), 64)).save(tmp_path / f"{name}.png")
-    module.write_report(tmp_path)
-    table = (tmp_path / "table.md").read_text()
+            path.write_text(json.dumps(report))
+            module.Image.new("RGB", (64 * len(module.PROMPTS), 64)).save(path.with_suffix(".png"))
+
+
+def test_differences_are_told_apart_by_seeds_alone(module, config, tmp_path):
+    values = {
+        "image > mix": [0.60, 0.62, 0.61],
+        "image > pair": [0.40, 0.43, 0.41],
+        "pair > mix": [0.50, 0.70, 0.60],
+    }
+    write_scores(module, config, "six_recipes", values)
+    module.write_report(replace(config, seeds=None), "six_recipes")
+    table = (tmp_path / "results/six_recipes/table.md").read_text()
     assert "| image > mix against image > pair | +0.02 | +0.197 [+0.182, +0.211] | 3 | above 0 |" in table
     line = next(line for line in table.splitlines() if line.startswith("| image > mix against pair > mix"))
     assert line.endswith("not told apart |")
+
+
+def test_a_curve_a_series_over_the_number_of_pairs(module, config, tmp_path):
+    arms = module.STUDIES["pairs"].arms
+    write_scores(module, config, "pairs", {arm.label: [0.1 * i] for i, arm in enumerate(arms)})
+    module.write_report(config, "pairs")
+    table = (tmp_path / "results/pairs/table.md").read_text()
+    assert "| pictures first, 8000 against pairs alone, 8000 |  | -0.400 | 1 | not told apart |" in table
+    assert (tmp_path / "results/pairs/scores.png").stat().st_size > 5_000
+
+
+def test_without_pre_training_the_other_stage_takes_the_steps_of_both(module, config, monkeypatch):
+    runs = []
+    monkeypatch.setattr(module, "run", lambda script, settings, *launch: runs.append((script, settings)))
+    monkeypatch.setattr(module, "score", lambda config, final, path: None)
+    arm = next(arm for arm in module.STUDIES["pairs"].arms if arm.label == "pairs alone, 125")
+    module.train_and_score(config, arm, 0)
+    [_, (script, settings)] = runs  # behind the cache of pairs
+    assert script == "finetune_mixed.py" and settings["max_steps"] == 2 and "init_from" not in settings
+    assert settings["images"] == [] and settings["pairs"][0]["path"].endswith("cached-pairs-125")
+
+
+def test_arms_that_train_alike_share_their_score(module, config):
+    def file(study, label):
+        return next(module.score_file(config, arm, 0) for arm in module.STUDIES[study].arms if arm.label == label).name
+
+    same = [
+        ("six_recipes", "image > mix"),
+        ("adapter", "residual"),
+        ("mix_ratio", "0.5"),
+        ("condition", "queries alone"),
+    ]
+    assert len({file(*arm) for arm in same}) == 1
+    names = [file(name, arm.label) for name, study in module.STUDIES.items() for arm in study.arms]
+    assert len(names) == 32 and len(set(names)) == 25
+
+
+@pytest.mark.parametrize(
+    "study", ["six_recipes", "condition", "adapter", "mask_mode", "mask_ratio", "mix_ratio", "pairs"]
+)
+def test_every_arm_has_settings_that_its_recipe_takes(module, study):
+    for arm in module.STUDIES[study].arms:
+        for changes in (arm.pretrain, arm.finetune):
+            if changes is not None:
+                FinetuneConfig(images=["x"], pairs=[{"path": "y", "caption_column": "z"}], **changes)
+    labels = {arm.label for arm in module.STUDIES[study].arms}
+    assert all({one, other} <= labels for one, other in module.STUDIES[study].comparisons)
+
+
+def test_an_unknown_study_is_refused(module):
+    with pytest.raises(ValueError, match=r"Unknown studies \['colours'\]; choose of six_recipes"):
+        module.CompareConfig(studies=["colours"])

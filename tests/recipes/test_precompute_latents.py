@@ -1,7 +1,7 @@
 """The cache of what frozen parts make of pictures: whole, resumable, read by runs, and refused by those it is not for."""
 
-import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,9 @@ from iomm_hf.tiny import tiny_encoder, tiny_vae
 from iomm_hf.training import FinetuneConfig, train
 
 
-RECIPE = Path(__file__).parents[2] / "recipes/precompute_latents.py"
-
-
 @pytest.fixture(scope="module")
-def module():
-    spec = importlib.util.spec_from_file_location("precompute_latents", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(recipe):
+    return recipe("precompute_latents")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +87,13 @@ def test_a_killed_one_goes_on_and_both_stages_train_on_it(module, folder, settin
     }
     final = train(FinetuneConfig(output_dir=str(tmp_path / "run"), **run))
     rows = [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 2 and rows[-1]["skipped"] == {}
+    assert rows[-1]["step"] == 2 and rows[-1]["skipped"] == {} and "alignment" not in rows[-1]
 
+    aligned = FinetuneConfig(output_dir=str(tmp_path / "aligned"), alignment_weight=0.5, **run)
+    final = train(aligned)
+    rows = [json.loads(line) for line in (final.parent / "log.jsonl").read_text().splitlines()]
+    assert 0 < rows[-1]["alignment"] < 1
+    assert train(replace(aligned, max_steps=3)) == final  # resumes with head and average
     with pytest.raises(ValueError, match="made with another vae than this run's"):
         train(FinetuneConfig(output_dir=str(tmp_path / "other"), **run | {"vae": str(folder / "vae1")}))
     with pytest.raises(ValueError, match="another cache"):

@@ -1,7 +1,6 @@
 """Every recipe explains its fields, and every YAML file fits its recipe."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 CONFIGS = sorted([*(ROOT / "recipes/configs").glob("*.yaml"), *(ROOT / "results").glob("*/*.yaml")])
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def config_classes(module):
     return [
         thing
@@ -32,8 +24,8 @@ def config_classes(module):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_help_explains_every_field(path):
-    module = load(path)
+def test_help_explains_every_field(path, recipe):
+    module = recipe(path.stem)
     configs = config_classes(module)
     text = " ".join(TrlParser(configs).format_help().split())
     for field in (field for config in configs for field in dataclasses.fields(config) if field.init):
@@ -47,7 +39,7 @@ def config_is_ours(configs) -> bool:
     return all(not config.__module__.startswith(("trl.", "transformers.")) for config in configs)
 
 
-def recipe_of(path: Path) -> list[type]:
+def settings_of(path: Path, recipe) -> list[type]:
     """The settings that a YAML file is for, by its name."""
     recipes = {
         "check": "check_condition_use",
@@ -55,18 +47,18 @@ def recipe_of(path: Path) -> list[type]:
         "mllm": "sft_mllm",
         "cache": "precompute_latents",
     }
-    for word, recipe in recipes.items():
+    for word, name in recipes.items():
         if word in path.stem:
-            return config_classes(load(ROOT / f"recipes/{recipe}.py"))
+            return config_classes(recipe(name))
     return [FinetuneConfig if "finetune" in path.stem or path.stem.startswith("compare") else PretrainConfig]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_yaml_files_fit_their_recipe(path, tmp_path):
+def test_yaml_files_fit_their_recipe(path, recipe, tmp_path):
     flags = [] if path.stem.startswith("check") else ["--output_dir", str(tmp_path)]
     if path.stem.startswith("compare"):  # its script fills in the data
         flags += ["--images", "pictures", "--mix_ratio", "1"]
-    for parsed in TrlParser(recipe_of(path)).parse_args_and_config(["--config", str(path), *flags]):
+    for parsed in TrlParser(settings_of(path, recipe)).parse_args_and_config(["--config", str(path), *flags]):
         if isinstance(parsed, TrainingConfig):
             assert parsed.preset == "tiny"
 

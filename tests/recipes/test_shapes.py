@@ -1,6 +1,5 @@
 """The recipes around the shapes world at their smallest: data, scores, captions, the shipped model, the quickstart."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,13 +15,6 @@ from iomm_hf.tiny import tiny_pipeline
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -33,7 +25,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def score(checkpoint) -> Path:
+def score(recipe, checkpoint) -> Path:
     module = recipe("score_shapes")
     settings = {"checkpoint": str(checkpoint / "model"), "output_dir": str(checkpoint / "score")}
     settings["beside"] = [f"rival={checkpoint / 'model'}"]
@@ -53,12 +45,22 @@ def test_a_score_stands_beside_its_ceilings_and_controls(score):
     assert score.with_name("sheet.png").stat().st_size > 10_000
 
 
-def test_a_rival_without_a_name_is_refused():
+def test_a_rival_without_a_name_is_refused(recipe):
     with pytest.raises(ValueError, match=r"NAME=FOLDER_OR_ID, got \['outputs/other'\]"):
         recipe("score_shapes").ScoreConfig(beside=["outputs/other"])
 
 
-def test_a_shipped_model_is_whole_small_and_says_what_it_is(checkpoint, score, tmp_path):
+def test_edits_stand_beside_their_ceiling_and_controls(recipe, checkpoint, tmp_path):
+    module = recipe("score_edits")
+    settings = {"checkpoint": str(checkpoint / "model"), "output_dir": str(tmp_path)}
+    module.main(module.EditsConfig(**settings, cases_per_kind=2, num_inference_steps=1))
+    scores = json.loads((tmp_path / "edits.json").read_text())
+    assert scores["true edits"]["overall"]["value"] == 1.0 and scores["copies"]["overall"]["value"] == 0.0
+    assert scores["model"]["correct"]["remove"]["total"] == 2
+    assert (tmp_path / "edits.png").stat().st_size > 5_000
+
+
+def test_a_shipped_model_is_whole_small_and_says_what_it_is(recipe, checkpoint, score, tmp_path):
     module = recipe("ship_model")
     module.main(
         module.ShipConfig(checkpoint=str(checkpoint / "model"), score=str(score), output_dir=str(tmp_path / "tiny"))
@@ -75,7 +77,7 @@ def test_a_shipped_model_is_whole_small_and_says_what_it_is(checkpoint, score, t
     assert not [file for file in (tmp_path / "tiny").rglob("*.json") if str(checkpoint) in file.read_text()]
 
 
-def test_captions_are_checked(checkpoint, tmp_path, capsys):
+def test_captions_are_checked(recipe, checkpoint, tmp_path, capsys):
     module = recipe("check_captions")
     module.main(module.CaptionsConfig(mllm=str(checkpoint / "mllm"), scenes=3, output=str(tmp_path / "captions.json")))
     result = json.loads((tmp_path / "captions.json").read_text())
@@ -84,7 +86,7 @@ def test_captions_are_checked(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet", "chat"])
-def test_corpora_are_written(tmp_path, layout):
+def test_corpora_are_written(recipe, tmp_path, layout):
     module = recipe("make_shapes")
     module.main(module.ShapesArguments(output_dir=str(tmp_path), num_samples=6, layout=layout, samples_per_shard=4))
     assert len(list(tmp_path.glob("train-*"))) == 2

@@ -1,6 +1,5 @@
 """The recipes that make the small frozen parts: a few real steps each, and folders that the rest can load."""
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -26,14 +25,6 @@ from iomm_hf.tiny import tiny_vae
 from iomm_hf.training.stage0 import Budget
 
 
-def recipe(name: str):
-    path = Path(__file__).parents[2] / "recipes" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
@@ -45,7 +36,7 @@ def losses(log: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
 
 
-def test_autoencoder_learns_is_normalised_and_repeatable(pictures, tmp_path):
+def test_autoencoder_learns_is_normalised_and_repeatable(recipe, pictures, tmp_path):
     module = recipe("train_autoencoder")
     settings = {"images": [pictures], "max_steps": 100, "batch_size": 4, "crop": 16, "held_out": 16}
     hashes = set()
@@ -70,7 +61,7 @@ def test_autoencoder_learns_is_normalised_and_repeatable(pictures, tmp_path):
     assert (covariance - torch.eye(len(covariance))).abs().max() < 0.6  # of 32 other pictures
 
 
-def test_whitening_changes_latents_and_no_picture():
+def test_whitening_changes_latents_and_no_picture(recipe):
     module = recipe("train_autoencoder")
     pictures = torch.stack([torch.from_numpy(render(corpus_scene(5, i)[0])).permute(2, 0, 1) for i in range(48)])
     vae = tiny_vae()
@@ -84,7 +75,7 @@ def test_whitening_changes_latents_and_no_picture():
     assert posterior.var.std((0, 2, 3)).max() < 1e-6  # a constant for each channel
 
 
-def test_averaged_latents_are_asked_to_decode_to_the_averaged_picture():
+def test_averaged_latents_are_asked_to_decode_to_the_averaged_picture(recipe):
     module = recipe("train_autoencoder")
     vae = tiny_vae()
     scenes = (
@@ -103,7 +94,7 @@ def test_averaged_latents_are_asked_to_decode_to_the_averaged_picture():
     assert expected > 0.1  # random weights are far from it
 
 
-def test_a_crop_is_the_busiest_of_its_candidates():
+def test_a_crop_is_the_busiest_of_its_candidates(recipe):
     module = recipe("train_autoencoder")
     pictures = torch.full((50, 3, 64, 64), 128, dtype=torch.uint8)
     pictures[::2, :, ::2] = 0  # every other picture is striped
@@ -146,7 +137,7 @@ def test_vision_warm_up_learns_and_leaves_an_internvl_folder(tmp_path, vision):
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory):
+def vision(recipe, tmp_path_factory):
     module = recipe("warm_up_vision")
     output = tmp_path_factory.mktemp("stage0") / "vision"
     settings = {"max_steps": 100, "num_scenes": 64, "held_out": 8, "batch_size": 4}
@@ -155,7 +146,7 @@ def vision(tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
+def test_an_mllm_learns_from_chats_and_comes_out_whole(recipe, tmp_path, vision, lora):
     module = recipe("sft_mllm")
     write_chat(tmp_path / "chat", shapes_chat(64))
     settings = ["--model_name_or_path", str(vision), "--dataset_name", str(tmp_path / "chat")]
@@ -181,7 +172,7 @@ def test_an_mllm_learns_from_chats_and_comes_out_whole(tmp_path, vision, lora):
     assert IOMMProcessor.from_pretrained(tmp_path / "mllm/final").image_seq_length == 16
 
 
-def test_pairs_become_chats_and_bad_ones_are_reported(tmp_path, caplog):
+def test_pairs_become_chats_and_bad_ones_are_reported(recipe, tmp_path, caplog):
     module = recipe("make_chat")
     write_shards(tmp_path / "pairs", 12, samples_per_shard=12)
     (shard,) = (tmp_path / "pairs").glob("*.tar")
@@ -225,12 +216,12 @@ def test_pairs_become_chats_and_bad_ones_are_reported(tmp_path, caplog):
         ("warm_up_vision", "VisionConfig", {"max_steps": 9, "minutes": 1.0}, "either minutes or max_steps"),
     ],
 )
-def test_bad_settings_are_refused(name, config, settings, message):
+def test_bad_settings_are_refused(recipe, name, config, settings, message):
     with pytest.raises(ValueError, match=message):
         getattr(recipe(name), config)(**settings)
 
 
-def test_too_few_pictures_are_refused(pictures, tmp_path):
+def test_too_few_pictures_are_refused(recipe, pictures, tmp_path):
     module = recipe("train_autoencoder")
     config = module.AutoencoderConfig(images=[pictures], output_dir=str(tmp_path / "vae"), max_steps=1, held_out=100)
     with pytest.raises(ValueError, match="Only 80 pictures"):
@@ -238,7 +229,7 @@ def test_too_few_pictures_are_refused(pictures, tmp_path):
     assert not (tmp_path / "vae").exists()
 
 
-def test_crops_that_the_autoencoder_cannot_halve_are_refused(tmp_path):
+def test_crops_that_the_autoencoder_cannot_halve_are_refused(recipe, tmp_path):
     module = recipe("train_autoencoder")
     config = module.AutoencoderConfig(images=["x"], output_dir=str(tmp_path / "vae"), max_steps=1, crop=30)
     with pytest.raises(ValueError, match="multiples of twice the autoencoder's factor 4, got 30 and 64"):

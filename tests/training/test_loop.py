@@ -244,7 +244,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(settings):
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
     monkeypatch.setattr(
-        loop.IOMMTrainingModule, "forward", lambda self, batch: self.encoder.adapter.queries.sum() * float("nan")
+        loop.IOMMTrainingModule,
+        "forward",
+        lambda self, batch: {"loss": self.encoder.adapter.queries.sum() * torch.nan},
     )
     with pytest.raises(FloatingPointError, match="nan"):
         train(PretrainConfig(**settings))

@@ -36,7 +36,8 @@ class IOMMCollator:
         `dict` with `input_ids` and `attention_mask` (B, L), `pixel_values` (images, 3, h, w) where the batch has any,
         `pixels` (B, 3, resolution, resolution) as uint8, `seed` (B,), `keys` (B strings), `num_captions` and `skipped`
         ({reason: count} of bad samples met on the way). From cached samples, `latent_mean` and `latent_logvar`
-        (B, C, h, w) replace `pixels`, and `image_features` (images, tokens, D) `pixel_values`.
+        (B, C, h, w) replace `pixels`, `image_features` (images, tokens, D) `pixel_values`, and where all samples have
+        them there are `vision_tokens` (B, tokens, D), captioned or not.
 
     Raises:
         `ValueError`: cached samples and others in one batch.
@@ -76,11 +77,11 @@ class IOMMCollator:
             return batch | {"pixels": torch.stack(pixels)}
         batch["latent_mean"] = torch.stack([item.mean for item in cached])
         batch["latent_logvar"] = torch.stack([item.logvar for item in cached])
-        if "pixel_values" in batch and all(item.vision_tokens is not None for item in cached):
-            del batch["pixel_values"]
-            has_image = (batch["input_ids"] == self.processor.image_token_id).any(1).tolist()
-            tokens = [item.vision_tokens for item, shown in zip(cached, has_image, strict=True) if shown]
-            batch["image_features"] = torch.stack(tokens)
+        if all(item.vision_tokens is not None for item in cached):
+            batch["vision_tokens"] = torch.stack([item.vision_tokens for item in cached])
+            if batch.pop("pixel_values", None) is not None:
+                has_image = (batch["input_ids"] == self.processor.image_token_id).any(1)
+                batch["image_features"] = batch["vision_tokens"][has_image]
         return batch
 
     def _conversation(self, image, caption: str | None, seed: int) -> Conversation:

@@ -55,6 +55,12 @@ class TrainingConfig:
         None, "Rows that the generator sees: queries or all. Default: the preset's."
     )
     mask_mode: str | None = setting(None, "What becomes of masked image tokens: drop or zero. Default: the preset's.")
+    num_queries: int | None = setting(
+        None, "Learned queries; 0: none, the MLLM's own rows (needs condition_tokens all). Default: the preset's."
+    )
+    adapter_type: str | None = setting(
+        None, "residual (the paper's adapter) or plain (learned queries alone). Default: the preset's."
+    )
     connector_layers: int | None = setting(None, "Bidirectional layers behind the MLLM. Default: the preset's.")
 
     # Data. In YAML a source is a path or a mapping of SourceConfig's fields; as flags, paths.
@@ -72,6 +78,11 @@ class TrainingConfig:
     mask_ratio: float | None = setting(None, "Share r of image tokens hidden, in [0, 1). Default: the preset's.")
     timestep_sampling: TimestepSampling = setting("uniform", "Law of t: uniform (paper) or logit_normal.")
     timestep_shift: float = setting(1.0, "Moves training times towards noise; 1 leaves them (paper).")
+    alignment_weight: float = setting(
+        0.0,
+        "Weight of the alignment of a Flux generator's hidden states with the cached vision tokens (REPA; 0.5 is usual,"
+        " 0 the paper).",
+    )
 
     # Optimisation
     batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
@@ -127,6 +138,8 @@ class TrainingConfig:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.alignment_weight < 0:
+            raise ValueError(f"alignment_weight must be 0 or more, got {self.alignment_weight}.")
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}.")
         if not 0 <= self.mix_ratio <= 1:

@@ -53,7 +53,7 @@ from .checkpoints import (
 from .config import TrainingConfig, changed_settings
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import build_pipeline, check_caches, frozen_on_hub
+from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub
 
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ def train(config: TrainingConfig) -> Path:
         config.timestep_sampling,
         config.timestep_shift,
         config.compile,
+        build_alignment(config, pipeline, stream, resolution),
+        config.alignment_weight,
     ).train()
     if config.gradient_checkpointing:
         module.encoder.gradient_checkpointing_enable()
@@ -165,16 +167,16 @@ def train(config: TrainingConfig) -> Path:
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
     )
     batches = iter(loader)
-    recent: list[float] = []  # losses since the last line of the log
+    recent: list[dict[str, float]] = []  # losses since the last line of the log
     clock = time.monotonic()
     while step < config.max_steps:
-        loss, grad_norm = update(accelerator, wrapped, optimizers, batches, config, skipped)
+        losses, grad_norm = update(accelerator, wrapped, optimizers, batches, config, skipped)
         for scheduler in schedulers:
             scheduler.step()
         if ema is not None:
             ema.step(parameters)
         step += 1
-        recent.append(loss)
+        recent.append(losses)
         progress.update()
 
         if step % config.log_every == 0 or step == config.max_steps:
@@ -182,9 +184,7 @@ def train(config: TrainingConfig) -> Path:
             row = {
                 "step": step,
                 "images": step * images_per_step,
-                "loss": accelerator.reduce(
-                    torch.tensor(sum(recent) / len(recent)).to(accelerator.device), "mean"
-                ).item(),
+                **mean_over_ranks(accelerator, recent),
                 "grad_norm": grad_norm,
                 "learning_rate": schedulers[-1].get_last_lr()[-1],  # the generator's
                 "images_per_second": len(recent) * images_per_step / (now - clock),
@@ -243,9 +243,11 @@ def train(config: TrainingConfig) -> Path:
     return final
 
 
-def update(accelerator, wrapped, optimizers, batches, config: TrainingConfig, skipped: Counter) -> tuple[float, float]:
-    """One optimizer step over `gradient_accumulation` batches; returns this rank's mean loss and the gradient's norm."""
-    losses = []
+def update(
+    accelerator, wrapped, optimizers, batches, config: TrainingConfig, skipped: Counter
+) -> tuple[dict[str, float], float]:
+    """One optimizer step over `gradient_accumulation` batches; returns this rank's mean losses and the gradient's norm."""
+    losses: list[dict[str, float]] = []
     grad_norm = 0.0
     for _ in range(config.gradient_accumulation):
         batch = {
@@ -254,11 +256,12 @@ def update(accelerator, wrapped, optimizers, batches, config: TrainingConfig, sk
         }
         skipped.update(batch["skipped"])
         with accelerator.accumulate(wrapped), attention_kernel(accelerator):
-            loss = wrapped(batch)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
+            terms = wrapped(batch)
+            loss = sum(terms.values())
+            losses.append({name: term.item() for name, term in terms.items()})
+            if not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"The loss is {losses[-1]} on the samples {batch['keys'][:4]}...; nothing was updated or saved."
+                    f"The loss is {loss.item()} on the samples {batch['keys'][:4]}...; nothing was updated or saved."
                     " A lower learning_rate helps most often; the newest checkpoint is whole."
                 )
             accelerator.backward(loss)
@@ -267,7 +270,18 @@ def update(accelerator, wrapped, optimizers, batches, config: TrainingConfig, sk
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    return sum(losses) / len(losses), grad_norm
+    return mean_of(losses), grad_norm
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each name."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each name, over these rows of every rank."""
+    means = {name: torch.tensor(mean).to(accelerator.device) for name, mean in mean_of(rows).items()}
+    return {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
 
 
 def attention_kernel(accelerator: Accelerator) -> AbstractContextManager:

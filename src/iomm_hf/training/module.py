@@ -16,6 +16,7 @@ from ..flow_matching import TimestepSampling, flow_matching_loss, interpolate, s
 from ..generators import predict_velocity
 from ..modeling_iomm import IOMMConditionEncoder, draw_image_mask
 from ..pipeline_iomm import draw_latents
+from .alignment import VisionAlignment
 
 
 class IOMMTrainingModule(nn.Module):
@@ -31,6 +32,8 @@ class IOMMTrainingModule(nn.Module):
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`): Law of t.
         timestep_shift (`float`, *optional*, defaults to 1.0): See [`~iomm_hf.flow_matching.shift_time`].
         compile (`bool`, *optional*, defaults to `False`): Compiles the generator for training; drawing stays eager.
+        alignment ([`VisionAlignment`], *optional*): Made for `transformer`; trained with it.
+        alignment_weight (`float`, *optional*, defaults to 0.5): Its share of what is minimised.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class IOMMTrainingModule(nn.Module):
         timestep_sampling: TimestepSampling = "uniform",
         timestep_shift: float = 1.0,
         compile: bool = False,
+        alignment: VisionAlignment | None = None,
+        alignment_weight: float = 0.5,
     ):
         super().__init__()
         self.encoder = encoder
@@ -51,6 +56,8 @@ class IOMMTrainingModule(nn.Module):
         self.timestep_sampling = timestep_sampling
         self.timestep_shift = timestep_shift
         self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
+        self.alignment = alignment
+        self.alignment_weight = alignment_weight
 
     def train(self, mode: bool = True) -> "IOMMTrainingModule":
         super().train(mode)
@@ -64,9 +71,13 @@ class IOMMTrainingModule(nn.Module):
         """Name -> tensor of what trains, for checkpoints."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The mean loss of a batch of [`~iomm_hf.data.collate.IOMMCollator`]."""
-        return self.sample_losses(batch).mean()
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What is minimised, as terms to add up: `loss`, the mean over a batch of [`~iomm_hf.data.collate.IOMMCollator`],
+        and `alignment`, weighted, where there is one."""
+        terms = {"loss": self.sample_losses(batch).mean()}
+        if self.alignment is not None:
+            terms["alignment"] = self.alignment_weight * self.alignment(batch["vision_tokens"])
+        return terms
 
     def sample_losses(self, batch: dict[str, Any], conditions_from: torch.Tensor | None = None) -> torch.Tensor:
         r"""

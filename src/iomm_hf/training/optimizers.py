@@ -17,6 +17,7 @@ def build_optimizers(config: TrainingConfig, module: IOMMTrainingModule) -> list
     """
     rates: dict[nn.Module, float] = {
         module.encoder: config.adapter_learning_rate or config.learning_rate,
+        **({module.alignment: config.learning_rate} if module.alignment is not None else {}),
         module.transformer: config.learning_rate,
     }
     matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}

@@ -17,7 +17,12 @@ from ..pipeline_iomm import IOMMPipeline
 from ..presets import Preset, build_transformer, get_preset
 from ..processing_iomm import IOMMProcessor
 from ..shipped import shipped_model
+from .alignment import VisionAlignment, vision_tokens_per_side
 from .config import TrainingConfig
+
+
+# Fields of `IOMMConfig` that a run may set; a pipeline to start from brings its own.
+CONDITION_SETTINGS = ("condition_tokens", "mask_mode", "num_queries", "adapter_type", "connector_layers")
 
 
 def resolved_revision(name_or_path: str, folder: Path, subfolder: str | None) -> str | None:
@@ -98,7 +103,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         `ValueError`: an unknown preset, or parts that do not fit together.
     """
     if config.init_from is not None:
-        overridden = ("mllm", "vae", "condition_tokens", "mask_mode", "connector_layers")
+        overridden = ("mllm", "vae", *CONDITION_SETTINGS)
         given = [name for name in overridden if getattr(config, name) is not None]
         if given:
             raise ValueError(f"init_from={config.init_from!r} brings its own {', '.join(given)}; leave them out.")
@@ -110,11 +115,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
     parts = load_frozen_parts(
         preset, config.mllm, config.vae, config.vae_subfolder, config.mllm_revision, config.vae_revision
     )
-    overrides = {
-        name: getattr(config, name)
-        for name in ("condition_tokens", "mask_mode", "connector_layers")
-        if getattr(config, name) is not None
-    }
+    overrides = {name: getattr(config, name) for name in CONDITION_SETTINGS if getattr(config, name) is not None}
     encoder_config = IOMMConfig(
         mllm_config=parts.mllm.config, **parts.mllm_reference, **preset.condition_config | overrides
     )
@@ -172,6 +173,31 @@ def check_caches(stream: MixedStream, pipeline: IOMMPipeline, resolution: int):
             raise ValueError(
                 f"The cache {path!r} was made with another {' and '.join(differing)} than this run's; precompute it again."
             )
+
+
+def build_alignment(
+    config: TrainingConfig, pipeline: IOMMPipeline, stream: MixedStream, resolution: int
+) -> VisionAlignment | None:
+    r"""
+    The run's alignment, if it has one.
+
+    Raises:
+        `ValueError`: a source without cached vision tokens, or tokens that do not fit each other.
+    """
+    if not config.alignment_weight:
+        return None
+    for source in stream.streams:
+        if source.cache_info is None or not source.cache_info["vision_tokens"]:
+            raise ValueError(
+                f"alignment_weight={config.alignment_weight} needs cached vision tokens, which {source.source.path!r} lacks:"
+                " run recipes/precompute_latents.py on it first."
+            )
+    return VisionAlignment(
+        pipeline.transformer,
+        vision_dim=pipeline.text_encoder.config.hidden_size,
+        tokens_per_side=resolution // pipeline.size_multiple,
+        vision_tokens_per_side=vision_tokens_per_side(pipeline.processor.image_seq_length),
+    )
 
 
 def frozen_on_hub(pipeline: IOMMPipeline) -> bool:
