@@ -86,7 +86,7 @@ def edit_cases(cases_per_kind: int = 100, seed: int = 0) -> list[EditCase]:
 
     ```python
     >>> [case.instruction for case in edit_cases(1)]
-    ['make it red', 'remove the ring', None]
+    ['make it red', 'remove the square', None]
     ```
     """
     cases = []
