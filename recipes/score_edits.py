@@ -13,37 +13,24 @@ from pathlib import Path
 from PIL import Image
 from trl import TrlParser
 
-from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf import IOMMPipeline
 from iomm_hf.data.shapes import render
 from iomm_hf.evaluation.edits import EditReport, draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet
+from iomm_hf.evaluation.options import ScoringOptions
 from iomm_hf.training.checkpoints import write_json
 
 
 @dataclass
-class EditsConfig:
-    checkpoint: str = field(
-        default_factory=lambda: str(shipped_model()),
-        metadata={"help": "Pipeline folder or Hub id. Default: the shipped model."},
-    )
+class EditsConfig(ScoringOptions):
     output_dir: str = field(default="outputs/edits", metadata={"help": "Folder for edits.json and edits.png."})
     cases_per_kind: int = field(default=100, metadata={"help": "Cases of each of the three kinds of edits."})
-    num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
     seed: int = field(default=0, metadata={"help": "Seed of scenes and edits."})
-    beside: list[str] = field(
-        default_factory=list, metadata={"help": "Rivals to score the same way, each as NAME=FOLDER_OR_ID."}
-    )
-
-    def __post_init__(self):
-        self.rivals = dict(rival.split("=", 1) for rival in self.beside if "=" in rival)
-        if len(self.rivals) < len(self.beside):
-            raise ValueError(f"Each of `beside` needs its own NAME=FOLDER_OR_ID, got {self.beside}.")
 
 
 def main(config: EditsConfig):
     cases = edit_cases(config.cases_per_kind, config.seed)
-    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    settings = config.sampling
     pipeline = IOMMPipeline.from_pretrained(config.checkpoint)
     sources = [case.picture(pipeline.resolution) for case in cases]
     drawn = draw_edits(pipeline, cases, **settings)

@@ -18,37 +18,24 @@ import torch
 from PIL import Image
 from trl import TrlParser
 
-from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf import IOMMPipeline
 from iomm_hf.data.collate import sample_seed
 from iomm_hf.data.shapes import TASKS
 from iomm_hf.evaluation.drawing import draw_batches, draw_plan
 from iomm_hf.evaluation.figures import draw_sheet
+from iomm_hf.evaluation.options import ScoringOptions
 from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, render_truth, score_pictures
 from iomm_hf.pipeline_iomm import decode_latents, draw_latents
 from iomm_hf.training.checkpoints import write_json
 
 
 @dataclass
-class ScoreConfig:
-    checkpoint: str = field(
-        default_factory=lambda: str(shipped_model()),
-        metadata={"help": "Pipeline folder or Hub id. Default: the shipped model."},
-    )
+class ScoreConfig(ScoringOptions):
     output_dir: str = field(default="outputs/score", metadata={"help": "Folder for score.json and sheet.png."})
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks."})
-    num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
     controls: bool = field(
         default=True, metadata={"help": "Also score ceilings, variations, shuffled prompts and no training."}
     )
-    beside: list[str] = field(
-        default_factory=list, metadata={"help": "Rivals to score the same way, each as NAME=FOLDER_OR_ID."}
-    )
-
-    def __post_init__(self):
-        self.rivals = dict(rival.split("=", 1) for rival in self.beside if "=" in rival)
-        if len(self.rivals) < len(self.beside):
-            raise ValueError(f"Each of `beside` needs its own NAME=FOLDER_OR_ID, got {self.beside}.")
 
 
 @torch.no_grad()
@@ -64,7 +51,7 @@ def main(config: ScoreConfig):
     pipeline = IOMMPipeline.from_pretrained(config.checkpoint)
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
     metadata, seeds = [picture.metadata for picture in plan], [picture.seed for picture in plan]
-    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    settings = config.sampling
     reports: dict[str, ShapesReport] = {}
 
     def score(name: str, pictures: list):
