@@ -24,7 +24,7 @@ class VariationsConfig:
     images: list[str] = field(default_factory=list, metadata={"help": "Sources of held-out pictures."})
     pictures: int = field(default=64, metadata={"help": "References to vary and to be found among."})
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     seed: int = field(default=0, metadata={"help": "Which pictures, and the noise."})
     output_dir: str = field(default="outputs/variations", metadata={"help": "Folder for the JSON file and the sheet."})
 

@@ -166,7 +166,7 @@ class CompareConfig:
     )
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks to score."})
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     num_processes: int = field(
         default_factory=lambda: torch.cuda.device_count() or os.cpu_count() or 1,
         metadata={"help": "Ranks of a training. Default: one a GPU, or one a CPU core."},

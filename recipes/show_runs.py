@@ -27,7 +27,7 @@ class ShowConfig:
     logs: list[str] = field(default_factory=list, metadata={"help": "Logs of stage 0, for curves.png."})
     output_dir: str = field(default="outputs", metadata={"help": "Folder for loss.png, sheet.png and variations.png."})
     num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     seed: int = field(default=0, metadata={"help": "Noise of the first column; the next ones count on."})
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Shared tiny components: real classes, random weights, seeded. Nothing here reaches a network."""
 
 import os
+from dataclasses import replace
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from iomm_hf.presets import PRESETS
 from iomm_hf.tiny import tiny_encoder, tiny_processor
 
 
@@ -21,6 +23,25 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 @pytest.fixture(scope="session")
 def processor():
     return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def flux():
+    """The preset `tiny` with a generator of the class that the full-size presets use."""
+    return replace(
+        PRESETS["tiny"],
+        transformer_class="FluxTransformer2DModel",
+        transformer_config={
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "joint_attention_dim": 128,
+            "pooled_projection_dim": 128,
+            "axes_dims_rope": (8, 12, 12),
+        },
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from iomm_hf.tiny import tiny_encoder, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = tiny_pipeline()
+def pipe(flux):
+    pipe = tiny_pipeline(flux)
     for parameter in pipe.transformer.parameters():  # its last layer starts at zero: make every weight count
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     pipe.set_progress_bar_config(disable=True)
@@ -235,8 +235,8 @@ def test_pyramid_attention_broadcast_reads_the_running_step(pipe):
 
 
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-def test_group_offload_changes_nothing(pipe, level):
-    offloaded = tiny_pipeline()
+def test_group_offload_changes_nothing(pipe, level, flux):
+    offloaded = tiny_pipeline(flux)
     offloaded.transformer.load_state_dict(pipe.transformer.state_dict())
     offloaded.set_progress_bar_config(disable=True)
     blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}

@@ -6,6 +6,7 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -34,17 +35,18 @@ def tiny_z_image() -> ZImageTransformer2DModel:
     return model
 
 
-def tiny_flux() -> FluxTransformer2DModel:
-    model = tiny_transformer()
+@pytest.fixture(scope="module")
+def tiny_flux(flux) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    model = tiny_transformer(flux)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
 
 
-@pytest.fixture(params=["flux", "z_image"], scope="module")
-def generator(request):
-    torch.manual_seed(1)
-    return tiny_flux() if request.param == "flux" else tiny_z_image()
+@pytest.fixture(params=["flux", "z_image", "unet"], scope="module")
+def generator(request, tiny_flux):
+    return {"flux": tiny_flux, "z_image": tiny_z_image(), "unet": tiny_transformer()}[request.param]
 
 
 @pytest.fixture
@@ -104,13 +106,21 @@ class ExactZImage(ZImageTransformer2DModel):
         return (list(-self.velocity.unsqueeze(2)),)
 
 
-@pytest.mark.parametrize("family", ["flux", "z_image"])
+class ExactUNet(UNet2DConditionModel):
+    """And in a U-Net's: latents as they are, times up to 1000."""
+
+    def forward(self, sample, timestep, **kwargs):
+        self.times.append(timestep[0].item() / 1000)
+        return (self.velocity,)
+
+
+@pytest.mark.parametrize("exact", [ExactFlux, ExactZImage, ExactUNet])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_exact_velocity_samples_back_to_the_clean_latent(family, shift):
+def test_exact_velocity_samples_back_to_the_clean_latent(exact, shift, tiny_flux):
     torch.manual_seed(3)
     clean, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
-    base = tiny_transformer() if family == "flux" else tiny_z_image()
-    generator = (ExactFlux if family == "flux" else ExactZImage).from_config(base.config)
+    base = next(model for model in (tiny_flux, tiny_z_image(), tiny_transformer()) if issubclass(exact, type(model)))
+    generator = exact.from_config(base.config)
     generator.velocity, generator.times = noise - clean, []
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipe = IOMMPipeline(text_encoder=None, processor=None, transformer=generator, vae=tiny_vae(), scheduler=scheduler)
@@ -127,7 +137,7 @@ def test_exact_velocity_samples_back_to_the_clean_latent(family, shift):
     assert abs(generator.times[0] - 1) < 1e-6 and generator.times == sorted(generator.times, reverse=True)
 
 
-def test_flux_tokens_are_fluxs_own_packing():
+def test_flux_tokens_are_fluxs_own_packing(tiny_flux):
     """ExactFlux above packs by unfold; FLUX's own pipeline must agree with it and with us."""
     from diffusers import FluxPipeline
 
@@ -140,7 +150,7 @@ def test_flux_tokens_are_fluxs_own_packing():
             seen.update(tokens=hidden_states, ids=img_ids)
             return (hidden_states,)
 
-    back = predict_velocity(Spy.from_config(tiny_transformer().config), latents, torch.ones(2), torch.zeros(2, 3, 128))
+    back = predict_velocity(Spy.from_config(tiny_flux.config), latents, torch.ones(2), torch.zeros(2, 3, 128))
     assert torch.equal(seen["tokens"], expected)
     assert torch.equal(back, latents)
     assert torch.equal(seen["ids"], FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
@@ -184,11 +194,12 @@ def test_agrees_with_diffusers_z_image_pipeline():
     assert (latents - expected).abs().max() < 1e-4
 
 
-def test_what_does_not_fit_is_refused(inputs):
+def test_what_does_not_fit_is_refused(inputs, tiny_flux):
     latents, timestep, condition = inputs
     with pytest.raises(TypeError, match="AutoencoderKL is not a supported generator"):
         latent_multiple(AutoencoderKL(), 4)
     with pytest.raises(ValueError, match="in_channels=16"):
-        flux_patch_size(tiny_transformer(), 3)
-    with pytest.raises(ValueError, match="15x12"):
-        predict_velocity(tiny_transformer(), latents[:, :, :15], timestep, condition)
+        flux_patch_size(tiny_flux, 3)
+    for model, rows in ((tiny_flux, 15), (tiny_transformer(), 14)):
+        with pytest.raises(ValueError, match=f"{rows}x12"):
+            predict_velocity(model, latents[:, :, :rows], timestep, condition)

@@ -133,7 +133,7 @@ def test_understanding_answers_through_the_same_encoder(pipe, images):
     ("arguments", "message"),
     [
         ({}, "Give a `prompt`"),
-        ({"prompt": "a", "height": 60}, "multiples of 8, got 60 and 64"),
+        ({"prompt": "a", "height": 60}, "multiples of 16, got 60 and 64"),
         ({"prompt": "a", "width": -64}, "got 64 and -64"),
         ({"prompt": "a", "num_inference_steps": 0}, "got 0"),
         ({"prompt": 5}, "must be a str .*got 5"),

@@ -89,7 +89,6 @@ IOMMConfig.register_for_auto_class()
 IOMMConditionEncoder.register_for_auto_class("AutoModel")
 IOMMProcessor.register_for_auto_class()
 pipe = tiny_pipeline()
-torch.nn.init.normal_(pipe.transformer.proj_out.weight)  # starts at zero: nothing would reach the picture
 pipe.save_pretrained(folder)
 index = json.loads((folder / "model_index.json").read_text())
 index |= {

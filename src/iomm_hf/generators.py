@@ -1,4 +1,4 @@
-"""One call over the diffusers transformers that IOMM trains: latents in, velocity out.
+"""One call over the diffusers models that IOMM trains: latents in, velocity out.
 
 Packing, position ids, pooled input, padding masks, signs and the direction of time are each family's own business and
 live here and nowhere else. Everybody outside speaks the paper's language: latents (B, C, H, W), t in [0, 1] with 1 for
@@ -11,7 +11,7 @@ from math import isqrt
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, ModelMixin, ZImageTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, ZImageTransformer2DModel
 from diffusers.utils.torch_utils import is_compiled_module
 
 
@@ -38,13 +38,22 @@ def latent_multiple(transformer: ModelMixin, latent_channels: int) -> int:
         return flux_patch_size(model, latent_channels)
     if isinstance(model, ZImageTransformer2DModel):
         return model.config.all_patch_size[0]
+    if isinstance(model, UNet2DConditionModel):
+        return 2 ** (len(model.config.block_out_channels) - 1)
     raise unsupported(model)
+
+
+def condition_width(transformer: ModelMixin) -> int:
+    """Width D of the condition rows that it reads."""
+    config = unwrap(transformer).config
+    names = ("joint_attention_dim", "cap_feat_dim", "cross_attention_dim")  # Flux, Z-Image, U-Net
+    return next(config[name] for name in names if name in config)
 
 
 def unsupported(transformer: ModelMixin) -> TypeError:
     return TypeError(
-        f"{type(transformer).__name__} is not a supported generator; use FluxTransformer2DModel or"
-        " ZImageTransformer2DModel."
+        f"{type(transformer).__name__} is not a supported generator; use FluxTransformer2DModel,"
+        " ZImageTransformer2DModel or UNet2DConditionModel."
     )
 
 
@@ -60,7 +69,7 @@ def predict_velocity(
     The velocity z - x that a generator predicts.
 
     Args:
-        transformer (`FluxTransformer2DModel` or `ZImageTransformer2DModel`): The generator.
+        transformer (`FluxTransformer2DModel`, `ZImageTransformer2DModel` or `UNet2DConditionModel`): The generator.
         latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
         timestep (`torch.Tensor` of shape `(batch_size,)`): t in [0, 1], 1 for noise.
         condition (`torch.Tensor` of shape `(batch_size, rows, dim)`): The encoder's output h.
@@ -79,7 +88,12 @@ def predict_velocity(
     multiple = latent_multiple(model, latents.shape[1])
     if latents.shape[2] % multiple or latents.shape[3] % multiple:
         raise ValueError(f"Latents of {latents.shape[2]}x{latents.shape[3]} are not divisible by {multiple}.")
-    family = flux_velocity if isinstance(model, FluxTransformer2DModel) else z_image_velocity
+    if isinstance(model, FluxTransformer2DModel):
+        family = flux_velocity
+    elif isinstance(model, ZImageTransformer2DModel):
+        family = z_image_velocity
+    else:
+        family = unet_velocity
     return family(transformer, latents, timestep, condition, condition_mask, attention_kwargs)
 
 
@@ -135,3 +149,15 @@ def z_image_velocity(transformer, latents, timestep, condition, condition_mask, 
         return_dict=False,
     )[0]
     return -torch.stack(velocity).squeeze(2)
+
+
+def unet_velocity(transformer, latents, timestep, condition, condition_mask, attention_kwargs) -> torch.Tensor:
+    """A U-Net takes latents as they are and times up to 1000; its attention reads the condition."""
+    return transformer(
+        latents,
+        timestep * 1000,
+        encoder_hidden_states=condition,
+        encoder_attention_mask=condition_mask,
+        cross_attention_kwargs=attention_kwargs,
+        return_dict=False,
+    )[0]

@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -57,7 +58,8 @@ class IOMMPipeline(DiffusionPipeline):
     Args:
         text_encoder ([`IOMMConditionEncoder`]): The frozen MLLM with its adapter; reads text and images alike.
         processor ([`IOMMProcessor`]): Builds the MLLM's inputs for each use.
-        transformer (`FluxTransformer2DModel` or `ZImageTransformer2DModel`): The generator, which predicts the velocity.
+        transformer (`FluxTransformer2DModel`, `ZImageTransformer2DModel` or `UNet2DConditionModel`): The generator, which
+            predicts the velocity.
         vae (`AutoencoderKL`): Turns latents into pictures; frozen.
         scheduler (`FlowMatchEulerDiscreteScheduler`): Steps from noise to image.
         vae_name_or_path (`str`, *optional*): Where the autoencoder is found when a checkpoint leaves it out.
@@ -75,7 +77,8 @@ class IOMMPipeline(DiffusionPipeline):
         self,
         text_encoder: IOMMConditionEncoder,
         processor: IOMMProcessor,
-        transformer: FluxTransformer2DModel | ZImageTransformer2DModel,  # `from_pipe` wants the very classes
+        # `from_pipe` wants the very classes
+        transformer: FluxTransformer2DModel | ZImageTransformer2DModel | UNet2DConditionModel,
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae_name_or_path: str | None = None,
@@ -288,7 +291,7 @@ class IOMMPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 3.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -314,7 +317,7 @@ class IOMMPipeline(DiffusionPipeline):
                 unconditional instruction that training used.
             height, width (`int`, *optional*): Size in pixels; defaults to `resolution`.
             num_inference_steps (`int`, *optional*, defaults to 30): Steps from noise to image.
-            guidance_scale (`float`, *optional*, defaults to 4.0): Strength of guidance; 1 turns it off and halves the
+            guidance_scale (`float`, *optional*, defaults to 3.0): Strength of guidance; 1 turns it off and halves the
                 cost (neighbours use 3 to 5; the paper gives none).
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures for each prompt.
             generator (`torch.Generator` or one per picture, *optional*): Makes the result repeatable.

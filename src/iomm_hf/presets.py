@@ -59,16 +59,16 @@ FULL_SIZE_PARTS: dict[str, Any] = {
 PRESETS = {
     # Sizes follow trials on 64 px scenes: see results/shapes/README.md.
     "tiny": Preset(
-        transformer_class="FluxTransformer2DModel",
+        transformer_class="UNet2DConditionModel",
         transformer_config={
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 4,
-            "num_attention_heads": 6,
-            "attention_head_dim": 32,
-            "joint_attention_dim": 128,
-            "pooled_projection_dim": 128,
-            "axes_dims_rope": (8, 12, 12),
+            "sample_size": 16,
+            "block_out_channels": (48, 96, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": (1, 3, 4),  # numbers of heads, 32 wide: diffusers' own misnomer
+            "cross_attention_dim": 128,
+            "norm_num_groups": 16,
         },
         condition_config={"num_queries": 16, "adapter_head_dim": 32},
         mllm_config={

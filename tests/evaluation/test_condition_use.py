@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import UNet2DConditionModel
 
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.images import to_tensor
@@ -29,9 +29,9 @@ def pipeline():
 
 
 def test_a_generator_that_ignores_its_condition_shows_no_benefit(pipeline, stream):
-    class Deaf(FluxTransformer2DModel):
-        def forward(self, hidden_states, **kwargs):
-            return (torch.zeros_like(hidden_states),)
+    class Deaf(UNet2DConditionModel):
+        def forward(self, sample, timestep, **kwargs):
+            return (torch.zeros_like(sample),)
 
     deaf = Deaf.from_config(pipeline.transformer.config)
     pipe = type(pipeline)(**pipeline.components | {"transformer": deaf})

@@ -13,12 +13,14 @@ from iomm_hf.training.alignment import VisionAlignment, vision_tokens_per_side
 from iomm_hf.training.setup import build_alignment
 
 
-@pytest.fixture
-def module():
-    pipe = tiny_pipeline()
+@pytest.fixture(params=["unet", "flux"])
+def module(request, flux):
+    pipe = tiny_pipeline(flux) if request.param == "flux" else tiny_pipeline()
     for parameter in pipe.transformer.parameters():  # its last layer starts at zero
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    alignment = VisionAlignment(pipe.transformer, 128, tokens_per_side=8, vision_tokens_per_side=4)
+    tokens_per_side = 64 // pipe.size_multiple
+    assert tokens_per_side == {"unet": 4, "flux": 8}[request.param]
+    alignment = VisionAlignment(pipe.transformer, 128, tokens_per_side, vision_tokens_per_side=4)
     return IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, 0.5, alignment=alignment).train()
 
 
@@ -33,16 +35,28 @@ def batch(module, parts, processor):
     return IOMMCollator(processor, resolution=64)(samples)
 
 
-def test_each_vision_token_is_read_from_the_image_tokens_of_its_own_square(module):
-    alignment = module.alignment
+def test_each_vision_token_is_read_from_the_image_tokens_of_its_own_square(flux):
+    transformer = tiny_pipeline(flux).transformer
+    alignment = VisionAlignment(transformer, 128, tokens_per_side=8, vision_tokens_per_side=4)
     seen = []
     alignment.head.register_forward_hook(lambda head, inputs, output: seen.append(inputs[0]))
     row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    width = module.transformer.inner_dim
+    width = transformer.inner_dim
     alignment._hidden[:] = [(10 * row + column).reshape(1, 64, 1).expand(-1, -1, width)]
     alignment(torch.ones(1, 16, 128))
     assert seen[0].shape == (1, 16, 4 * width)
     assert seen[0][0, 6, ::width].tolist() == [24, 25, 34, 35]  # second row, third column of the 4 x 4 tokens
+
+
+def test_a_unets_cells_are_read_row_by_row():
+    transformer = tiny_pipeline().transformer
+    alignment = VisionAlignment(transformer, 128, tokens_per_side=4, vision_tokens_per_side=4)
+    seen = []
+    alignment.head.register_forward_hook(lambda head, inputs, output: seen.append(inputs[0]))
+    row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    alignment._keep_cells(None, None, (10 * row + column).expand(1, 128, 4, 4))
+    alignment(torch.ones(1, 16, 128))
+    assert seen[0].shape == (1, 16, 128) and seen[0][0, 6].tolist() == [12] * 128  # second row, third column
 
 
 def test_alignment_adds_a_term_that_reaches_the_first_blocks_and_the_condition(module, batch):
@@ -50,9 +64,9 @@ def test_alignment_adds_a_term_that_reaches_the_first_blocks_and_the_condition(m
     assert terms.keys() == {"loss", "alignment"} and 0 < terms["alignment"] < 1  # half of a value in [0, 2]
     terms["alignment"].backward()
     reached = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert any(name.startswith("transformer.transformer_blocks.") for name in reached)
+    assert any(name.startswith(("transformer.transformer_blocks.", "transformer.down_blocks.")) for name in reached)
     assert any(name.startswith("encoder.adapter.") for name in reached)
-    assert not any(name.startswith("transformer.single_transformer_blocks.") for name in reached)
+    assert not any(name.startswith(("transformer.single_", "transformer.up_blocks.")) for name in reached)
 
 
 def test_training_aligns(module, batch):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
-from iomm_hf.presets import PRESETS
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
@@ -112,11 +111,12 @@ def test_killed_and_resumed_stage_2_equals_an_unbroken_run(settings, parts, tmp_
     assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
 
 
-def test_killed_and_resumed_with_muon_equals_an_unbroken_run(settings, tmp_path):
+def test_killed_and_resumed_with_muon_equals_an_unbroken_run(settings, flux, tmp_path):
     # A generator of next to nothing: Muon iterates in bf16, which some CPUs only emulate.
-    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
-    preset = replace(PRESETS["tiny"], transformer_config=PRESETS["tiny"].transformer_config | sizes)
-    tiny_pipeline(preset).save_pretrained(tmp_path / "start")
+    sizes = {"num_single_layers": 1, "num_attention_heads": 1}
+    tiny_pipeline(replace(flux, transformer_config=flux.transformer_config | sizes)).save_pretrained(
+        tmp_path / "start"
+    )
     settings = {key: value for key, value in settings.items() if key not in ("mllm", "vae")}
     settings |= {"init_from": str(tmp_path / "start"), "optimizer": "muon", "max_steps": 3, "save_every": 1}
     train(PretrainConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
@@ -200,7 +200,7 @@ def test_without_averaging_the_checkpoint_holds_the_weights_themselves(settings)
     assert not (checkpoint / "state" / "ema.safetensors").exists()
     trainable = load_file(checkpoint / "state" / "trainable.safetensors")
     pipe = IOMMPipeline.from_pretrained(checkpoint)
-    assert torch.equal(pipe.transformer.state_dict()["x_embedder.weight"], trainable["transformer.x_embedder.weight"])
+    assert torch.equal(pipe.transformer.state_dict()["conv_in.weight"], trainable["transformer.conv_in.weight"])
 
 
 def test_resuming_with_other_settings_is_refused(settings):
@@ -223,7 +223,7 @@ def test_the_adapter_has_its_own_rate(settings):
     # AdamW's first step moves a weight by the rate
     queries = trained["encoder.adapter.queries"] - start.text_encoder.adapter.queries
     assert queries.abs().max().item() == pytest.approx(1e-5, rel=0.05)
-    projection = trained["transformer.proj_out.weight"] - start.transformer.proj_out.weight
+    projection = trained["transformer.conv_out.weight"] - start.transformer.conv_out.weight
     assert projection.abs().max().item() == pytest.approx(1e-3, rel=0.05)
 
 
@@ -283,7 +283,7 @@ def test_a_caption_longer_than_the_mllm_takes_is_skipped_and_counted(settings, p
         ({"preset": "huge"}, "'huge'"),
         ({"preset": "base", "mllm": None}, "OpenGVLab/InternVL3-2B-hf"),
         ({"mllm": "/nowhere/mllm"}, "/nowhere/mllm"),
-        ({"resolution": 60}, "multiple of 8, got 60"),
+        ({"resolution": 60}, "multiple of 16, got 60"),
         ({"images": ["/nowhere/images"]}, "/nowhere/images"),
         ({"max_steps": 4, "init_from": "x"}, "brings its own mllm, vae"),
     ],
@@ -321,7 +321,7 @@ def test_the_best_of_the_scored_checkpoints_is_kept(settings, monkeypatch):
     assert rows[0]["colors"] == 0.0
     best = final.parent / "best"
     assert json.loads((best / "score.json").read_text())["step"] == 4
-    weights = [IOMMPipeline.from_pretrained(path).transformer.proj_out.weight for path in (best, final)]
+    weights = [IOMMPipeline.from_pretrained(path).transformer.conv_out.weight for path in (best, final)]
     assert not torch.equal(*weights)
 
 

@@ -10,12 +10,18 @@ from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule
 
 
-@pytest.fixture(scope="module", params=["queries", "all"])
-def module(request):
-    pipe = tiny_pipeline(connector_layers=1, condition_tokens=request.param)
+def make_module(**options) -> IOMMTrainingModule:
+    pipe = tiny_pipeline(**options)
     for parameter in pipe.transformer.parameters():  # its last layer starts at zero: make every weight count
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     return IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, mask_ratio=0.5).train()
+
+
+@pytest.fixture(scope="module", params=["queries", "all", "flux"])
+def module(request, flux):
+    if request.param == "flux":
+        return make_module(preset=flux)
+    return make_module(connector_layers=1, condition_tokens=request.param)
 
 
 @pytest.fixture
@@ -98,7 +104,8 @@ def test_bf16_autocast_trains(module, samples, collate):
     assert {gradient.dtype for gradient in gradients(module, loss).values()} == {torch.float32}
 
 
-def test_a_compiled_generator_gives_the_same_gradients(module, samples, collate):
+def test_a_compiled_generator_gives_the_same_gradients(flux, samples, collate):
+    module = make_module(preset=flux)
     compiled = IOMMTrainingModule(module.encoder, module.transformer, module.vae, mask_ratio=0.5, compile=True).train()
     batch = collate(samples)
     plain = gradients(module, module(batch)["loss"])

@@ -17,7 +17,7 @@ def draw_plan(
     pipeline: IOMMPipeline,
     plan: Sequence[BenchmarkPicture],
     num_inference_steps: int = 30,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 3.0,
     batch_size: int = 16,
     shuffle_conditions: bool = False,
 ) -> list[Image.Image]:
@@ -28,7 +28,7 @@ def draw_plan(
         pipeline ([`IOMMPipeline`]): The model.
         plan (`Sequence[BenchmarkPicture]`): What to draw.
         num_inference_steps (`int`, *optional*, defaults to 30): Sampling steps.
-        guidance_scale (`float`, *optional*, defaults to 4.0): Strength of guidance.
+        guidance_scale (`float`, *optional*, defaults to 3.0): Strength of guidance.
         batch_size (`int`, *optional*, defaults to 16): Pictures drawn at a time.
         shuffle_conditions (`bool`, *optional*, defaults to `False`): Gives each entry the prompt of another one: the
             control that shows what a score owes to chance.
@@ -60,7 +60,7 @@ def draw_batches(
     pipeline: IOMMPipeline,
     seeds: Sequence[int],
     num_inference_steps: int = 30,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 3.0,
     batch_size: int = 16,
     **inputs: Any,
 ) -> list[Image.Image]:

@@ -180,7 +180,7 @@ def background_kept(difference: np.ndarray, before: np.ndarray, after: np.ndarra
 
 
 def draw_edits(
-    pipeline: IOMMPipeline, cases: Sequence[EditCase], num_inference_steps: int = 30, guidance_scale: float = 4.0
+    pipeline: IOMMPipeline, cases: Sequence[EditCase], num_inference_steps: int = 30, guidance_scale: float = 3.0
 ) -> list[Image.Image]:
     r"""
     One edited picture for each case, each from its own noise.

@@ -26,7 +26,7 @@ class ScoringOptions:
         metadata={"help": "Pipeline folder or Hub id. Default: the shipped model."},
     )
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Strength of guidance."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     beside: list[str] = field(
         default_factory=list, metadata={"help": "Rivals to score the same way, each as NAME=FOLDER_OR_ID."}
     )

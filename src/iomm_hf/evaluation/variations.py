@@ -58,7 +58,7 @@ def measure_variations(
     pipeline: IOMMPipeline,
     pictures: Sequence[Image.Image],
     num_inference_steps: int = 30,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 3.0,
     batch_size: int = 16,
     seed: int = 0,
 ) -> tuple[VariationUse, list[Image.Image]]:

@@ -9,24 +9,26 @@ from math import isqrt
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, ModelMixin
+from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel
 from torch import nn
 
 
 class VisionAlignment(nn.Module):
     r"""
-    Mean of 1 - cosine between a head over the image tokens behind Flux's last double block and the picture's vision tokens.
+    Mean of 1 - cosine between a head over the generator's image tokens and the picture's vision tokens.
 
-    A vision token covers a square of image tokens; the head reads them side by side.
+    The image tokens are those behind Flux's last double block, or the cells behind a U-Net's middle block. A vision token
+    covers a square of them; the head reads them side by side.
 
     Args:
-        transformer (`FluxTransformer2DModel`): The generator; a hook on it keeps the hidden states of each forward pass.
+        transformer (`FluxTransformer2DModel` or `UNet2DConditionModel`): The generator; a hook on it keeps the hidden
+            states of each forward pass.
         vision_dim (`int`): Width of a vision token.
         tokens_per_side (`int`): Image tokens along a side of the training picture.
         vision_tokens_per_side (`int`): Vision tokens along it.
 
     Raises:
-        `TypeError`: another generator than Flux.
+        `TypeError`: another generator than these.
         `ValueError`: vision tokens do not cover whole image tokens.
 
     Example:
@@ -35,16 +37,22 @@ class VisionAlignment(nn.Module):
     >>> import torch
     >>> from iomm_hf.tiny import tiny_pipeline
     >>> transformer = tiny_pipeline().transformer
-    >>> alignment = VisionAlignment(transformer, vision_dim=128, tokens_per_side=8, vision_tokens_per_side=4)
-    >>> alignment.head[0].in_features == 4 * transformer.inner_dim
+    >>> alignment = VisionAlignment(transformer, vision_dim=128, tokens_per_side=4, vision_tokens_per_side=4)
+    >>> alignment.head[0].in_features == transformer.config.block_out_channels[-1]
     True
     ```
     """
 
     def __init__(self, transformer: ModelMixin, vision_dim: int, tokens_per_side: int, vision_tokens_per_side: int):
         super().__init__()
-        if not isinstance(transformer, FluxTransformer2DModel):
-            raise TypeError(f"Alignment knows FluxTransformer2DModel alone, got {type(transformer).__name__}.")
+        if isinstance(transformer, FluxTransformer2DModel):
+            width, block, keep = transformer.inner_dim, transformer.transformer_blocks[-1], self._keep_tokens
+        elif isinstance(transformer, UNet2DConditionModel):
+            width, block, keep = transformer.config.block_out_channels[-1], transformer.mid_block, self._keep_cells
+        else:
+            raise TypeError(
+                f"Alignment knows FluxTransformer2DModel and UNet2DConditionModel, got {type(transformer).__name__}."
+            )
         if tokens_per_side % vision_tokens_per_side:
             raise ValueError(
                 f"{tokens_per_side} image tokens a side cannot be shared by {vision_tokens_per_side} vision tokens: choose"
@@ -52,7 +60,6 @@ class VisionAlignment(nn.Module):
             )
         self.side = vision_tokens_per_side
         self.covered = tokens_per_side // vision_tokens_per_side
-        width = transformer.inner_dim
         self.head = nn.Sequential(
             nn.Linear(self.covered**2 * width, width),
             nn.SiLU(),
@@ -61,10 +68,13 @@ class VisionAlignment(nn.Module):
             nn.Linear(width, vision_dim),
         )
         self._hidden: list[torch.Tensor] = []
-        transformer.transformer_blocks[-1].register_forward_hook(self._keep)
+        block.register_forward_hook(keep)
 
-    def _keep(self, block, inputs, output):
+    def _keep_tokens(self, block, inputs, output):
         self._hidden[:] = [output[1]]  # (condition rows, image tokens)
+
+    def _keep_cells(self, block, inputs, output):
+        self._hidden[:] = [output.flatten(2).transpose(1, 2)]  # (B, width, P p, P q) -> (B, P p P q, width)
 
     def forward(self, vision_tokens: torch.Tensor) -> torch.Tensor:
         """Vision tokens (B, P * P, D) of the pictures that the generator saw last -> a scalar in [0, 2]."""

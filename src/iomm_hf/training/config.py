@@ -118,7 +118,7 @@ class TrainingConfig:
     validate_every: int = setting(500, "Steps between validation pictures; 0 turns them off.")
     validation_prompts: list[str] = setting([], "Prompts of the validation pictures.")
     validation_steps: int = setting(20, "Sampling steps of a validation picture.")
-    validation_guidance: float = setting(4.0, "Guidance scale of a validation picture.")
+    validation_guidance: float = setting(3.0, "Guidance scale of a validation picture.")
     eval_every: int = setting(
         0, "Steps between scores on a fixed part of the shapes benchmark, which keep the best in `best`; 0: none."
     )

@@ -26,7 +26,7 @@ class IOMMTrainingModule(nn.Module):
 
     Args:
         encoder ([`IOMMConditionEncoder`]): Its adapter and connector train.
-        transformer (`FluxTransformer2DModel` or `ZImageTransformer2DModel`): The generator, trained.
+        transformer (`FluxTransformer2DModel`, `ZImageTransformer2DModel` or `UNet2DConditionModel`): The generator, trained.
         vae (`AutoencoderKL`): Frozen.
         mask_ratio (`float`): Share r of image tokens hidden, in [0, 1).
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`): Law of t.

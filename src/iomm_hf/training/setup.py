@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..data.streams import MixedStream
+from ..generators import condition_width
 from ..modeling_iomm import IOMMConditionEncoder, IOMMConfig, hash_weight_files, load_mllm, resolve_frozen
 from ..pipeline_iomm import IOMMPipeline
 from ..presets import Preset, build_transformer, get_preset
@@ -122,10 +123,10 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
     set_seed(config.seed)
     encoder = IOMMConditionEncoder(encoder_config, mllm=parts.mllm)
     transformer = build_transformer(preset)
-    joint_dim = transformer.config.get("joint_attention_dim") or transformer.config.get("cap_feat_dim")
-    if joint_dim != encoder_config.hidden_size:
+    width = condition_width(transformer)
+    if width != encoder_config.hidden_size:
         raise ValueError(
-            f"The generator of preset {config.preset!r} takes conditions of width {joint_dim}, but"
+            f"The generator of preset {config.preset!r} takes conditions of width {width}, but"
             f" {config.mllm or preset.mllm!r} gives {encoder_config.hidden_size}."
         )
     pipeline = IOMMPipeline(
