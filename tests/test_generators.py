@@ -13,7 +13,7 @@ from diffusers import (
 from torch import nn
 
 from iomm_hf import IOMMPipeline, predict_velocity
-from iomm_hf.generators import flux_patch_size, latent_multiple
+from iomm_hf.generators import condition_width, flux_patch_size, latent_multiple
 from iomm_hf.tiny import tiny_transformer, tiny_vae
 
 
@@ -57,6 +57,7 @@ def inputs():
 
 def test_velocity_has_the_latents_shape(generator, inputs):
     latents, timestep, condition = inputs
+    assert condition_width(generator) == condition.shape[-1]
     with torch.no_grad():
         velocity = predict_velocity(generator, latents, timestep, condition)
         other = predict_velocity(generator, latents, timestep, condition + 1)
@@ -198,6 +199,8 @@ def test_what_does_not_fit_is_refused(inputs, tiny_flux):
     latents, timestep, condition = inputs
     with pytest.raises(TypeError, match="AutoencoderKL is not a supported generator"):
         latent_multiple(AutoencoderKL(), 4)
+    with pytest.raises(TypeError, match="AutoencoderKL is not a supported generator"):
+        condition_width(AutoencoderKL())
     with pytest.raises(ValueError, match="in_channels=16"):
         flux_patch_size(tiny_flux, 3)
     for model, rows in ((tiny_flux, 15), (tiny_transformer(), 14)):

@@ -45,9 +45,14 @@ def latent_multiple(transformer: ModelMixin, latent_channels: int) -> int:
 
 def condition_width(transformer: ModelMixin) -> int:
     """Width D of the condition rows that it reads."""
-    config = unwrap(transformer).config
-    names = ("joint_attention_dim", "cap_feat_dim", "cross_attention_dim")  # Flux, Z-Image, U-Net
-    return next(config[name] for name in names if name in config)
+    model = unwrap(transformer)
+    if isinstance(model, FluxTransformer2DModel):
+        return model.config.joint_attention_dim
+    if isinstance(model, ZImageTransformer2DModel):
+        return model.config.cap_feat_dim
+    if isinstance(model, UNet2DConditionModel):
+        return model.config.cross_attention_dim
+    raise unsupported(model)
 
 
 def unsupported(transformer: ModelMixin) -> TypeError:

@@ -80,7 +80,7 @@ class TrainingConfig:
     timestep_shift: float = setting(1.0, "Moves training times towards noise; 1 leaves them (paper).")
     alignment_weight: float = setting(
         0.0,
-        "Weight of the alignment of a Flux generator's hidden states with the cached vision tokens (REPA; 0.5 is usual,"
+        "Weight of the alignment of a Flux's or U-Net's hidden states with the cached vision tokens (REPA; 0.5 is usual,"
         " 0 the paper).",
     )
 
