@@ -5,8 +5,8 @@
 
 It is convolutional, so random crops of half the side teach the same at a quarter of the cost. Latents must suit a generator
 as well as the decoder: averaged latents have to decode to the averaged picture (Kouzelis et al., EQ-VAE, arXiv 2502.09509),
-which keeps them smooth, and at the end they are whitened, which makes a colour as loud as the background against the noise
-that training adds. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a run is not
+which keeps them smooth; what they say has to be heard through noise (Yang et al., l-DeTok, arXiv 2507.15856), or an encoder
+spends its range on edges and whispers colours, which a generator then confuses; and at the end they are whitened. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a run is not
 repeatable step for step.
 """
 
@@ -35,6 +35,7 @@ from iomm_hf.training.stage0 import Budget, check_budget
 
 
 SCORED_SCENES = 200
+STANDARD_WEIGHT = 0.1  # a hundredth of a step's loss once the channels are nearly standard
 
 
 @dataclass
@@ -60,6 +61,9 @@ class AutoencoderConfig:
     scale_weight: float = field(
         default=0.5, metadata={"help": "Weight of decoding latents of half the size to the picture of half the size."}
     )
+    latent_noise: float = field(
+        default=0.5, metadata={"help": "Scale of the noise that the decoder learns to hear through; 0 for none."}
+    )
     seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
 
     def __post_init__(self):
@@ -67,7 +71,7 @@ class AutoencoderConfig:
             raise ValueError("Give at least one source of pictures: --images FOLDER.")
         if not 0 < self.crop <= self.resolution:
             raise ValueError(f"crop must be between 1 and the resolution {self.resolution}, got {self.crop}.")
-        for name in ("kl_weight", "scale_weight"):
+        for name in ("kl_weight", "scale_weight", "latent_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("batch_size", "candidates", "num_pictures", "held_out"):
@@ -123,12 +127,25 @@ def reconstruction_loss(drawn: torch.Tensor, pictures: torch.Tensor) -> torch.Te
 
 
 def autoencoder_loss(vae: AutoencoderKL, batch: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
-    """Reconstruction, the KL term, and reconstruction at half the size from averaged latents."""
+    """Reconstruction through noise of a random level a crop, the two KL terms, and reconstruction at half the size from
+    averaged latents."""
     posterior = vae.encode(batch).latent_dist
     latents = posterior.sample()
-    loss = reconstruction_loss(vae.decode(latents).sample, batch) + config.kl_weight * posterior.kl().mean()
+    level = config.latent_noise * torch.randn(len(latents), 1, 1, 1).abs()
+    loss = reconstruction_loss(vae.decode(latents + level * torch.randn_like(latents)).sample, batch)
+    loss = loss + config.kl_weight * posterior.kl().mean()
+    if config.latent_noise:
+        loss = loss + STANDARD_WEIGHT * divergence_from_standard(posterior.mean)
     half = vae.decode(F.avg_pool2d(latents, 2)).sample
     return loss + config.scale_weight * reconstruction_loss(half, F.avg_pool2d(batch, 2))
+
+
+def divergence_from_standard(latents: torch.Tensor) -> torch.Tensor:
+    """KL of the channels' joint normal from N(0, I): it keeps an encoder from outshouting the noise, or saying all of it in
+    every channel."""
+    rows = latents.transpose(0, 1).flatten(1)  # (C, B h w)
+    covariance = torch.cov(rows)
+    return (rows.mean(1).square().sum() + covariance.trace() - len(rows) - covariance.logdet()) / 2
 
 
 @torch.no_grad()

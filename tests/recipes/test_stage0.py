@@ -13,7 +13,7 @@ from datasets import load_dataset
 from diffusers import AutoencoderKL
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from iomm_hf import IOMMProcessor
+from iomm_hf import IOMMProcessor, shipped_model
 from iomm_hf.data.chat import write_chat
 from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes import corpus_scene, render
@@ -84,7 +84,7 @@ def test_averaged_latents_are_asked_to_decode_to_the_averaged_picture(recipe):
     losses = []
     for weight in (0.0, 2.0):
         torch.manual_seed(0)
-        config = module.AutoencoderConfig(images=["x"], max_steps=1, scale_weight=weight)
+        config = module.AutoencoderConfig(images=["x"], max_steps=1, scale_weight=weight, latent_noise=0)
         losses.append(module.autoencoder_loss(vae, scenes, config))
     torch.manual_seed(0)
     latents = vae.encode(scenes).latent_dist.sample()
@@ -92,6 +92,33 @@ def test_averaged_latents_are_asked_to_decode_to_the_averaged_picture(recipe):
     expected = 2.0 * (F.mse_loss(half, target) + F.l1_loss(half, target))
     torch.testing.assert_close(losses[1] - losses[0], expected)
     assert expected > 0.1  # random weights are far from it
+
+
+def test_channels_are_held_to_a_standard_normal(recipe):
+    divergence = recipe("train_autoencoder").divergence_from_standard
+    latents = torch.randn(50, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert divergence(latents).abs() < 0.01
+    torch.testing.assert_close(
+        divergence(3 * latents), torch.tensor(4 * (9 - 1 - np.log(9)) / 2).float(), atol=0.05, rtol=0
+    )
+    repeated = latents[:, :1].expand(-1, 4, -1, -1) + 0.1 * latents  # as loud, but all channels say the same
+    assert divergence(repeated) > 4
+
+
+def test_the_decoder_hears_its_latents_through_noise(recipe):
+    module = recipe("train_autoencoder")
+    vae = AutoencoderKL.from_pretrained(shipped_model() / "vae", torch_dtype=torch.float32)
+    scenes = (
+        torch.stack([torch.from_numpy(render(corpus_scene(6, i)[0])).permute(2, 0, 1) for i in range(4)]) / 127.5 - 1
+    )
+    losses = []
+    for noise in (0.0, 1e-4, 5.0):
+        torch.manual_seed(0)
+        config = module.AutoencoderConfig(images=["x"], max_steps=1, scale_weight=0, latent_noise=noise)
+        loss = module.autoencoder_loss(vae, scenes, config)
+        standard = module.STANDARD_WEIGHT * module.divergence_from_standard(vae.encode(scenes).latent_dist.mean)
+        losses.append((loss - standard * (noise > 0)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[2] > 2 * losses[0]
 
 
 def test_a_crop_is_the_busiest_of_its_candidates(recipe):
