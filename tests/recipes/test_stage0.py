@@ -121,6 +121,15 @@ def test_the_decoder_hears_its_latents_through_noise(recipe):
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[2] > 2 * losses[0]
 
 
+def test_colours_of_the_shipped_autoencoder_are_apart(recipe):
+    distance = recipe("train_autoencoder").least_color_distance
+    vae = AutoencoderKL.from_pretrained(shipped_model() / "vae", torch_dtype=torch.float32)
+    assert distance(vae) > 0.6
+    vae.encoder.conv_out.weight.data.mul_(0.5)
+    vae.encoder.conv_out.bias.data.mul_(0.5)
+    assert distance(vae) < 0.5  # half as loud, half as far
+
+
 def test_a_crop_is_the_busiest_of_its_candidates(recipe):
     module = recipe("train_autoencoder")
     pictures = torch.full((50, 3, 64, 64), 128, dtype=torch.uint8)
