@@ -5,9 +5,9 @@
 
 It is convolutional, so random crops of half the side teach the same at a quarter of the cost. Latents must suit a generator
 as well as the decoder: averaged latents have to decode to the averaged picture (Kouzelis et al., EQ-VAE, arXiv 2502.09509),
-which keeps them smooth; what they say has to be heard through noise (Yang et al., l-DeTok, arXiv 2507.15856), or an encoder
-spends its range on edges and whispers colours, which a generator then confuses; and at the end they are whitened. Same seed and --max_steps, same weights; --minutes stops by the clock instead, so such a run is not
-repeatable step for step.
+which keeps them smooth; what they say has to be heard through noise (Yang et al., l-DeTok, arXiv 2507.15856), which sets apart
+what looks different; and at the end they are whitened. Same seed and --max_steps, same weights; --minutes stops by the clock
+instead, so such a run is not repeatable step for step.
 """
 
 from dataclasses import dataclass, field
@@ -130,12 +130,13 @@ def autoencoder_loss(vae: AutoencoderKL, batch: torch.Tensor, config: Autoencode
     """Reconstruction through noise of a random level a crop, the two KL terms, and reconstruction at half the size from
     averaged latents."""
     posterior = vae.encode(batch).latent_dist
-    latents = posterior.sample()
-    level = config.latent_noise * torch.randn(len(latents), 1, 1, 1).abs()
-    loss = reconstruction_loss(vae.decode(latents + level * torch.randn_like(latents)).sample, batch)
-    loss = loss + config.kl_weight * posterior.kl().mean()
+    latents = heard = posterior.sample()
+    loss = config.kl_weight * posterior.kl().mean()
     if config.latent_noise:
+        level = config.latent_noise * torch.randn(len(latents), 1, 1, 1).abs()
+        heard = latents + level * torch.randn_like(latents)
         loss = loss + STANDARD_WEIGHT * divergence_from_standard(posterior.mean)
+    loss = loss + reconstruction_loss(vae.decode(heard).sample, batch)
     half = vae.decode(F.avg_pool2d(latents, 2)).sample
     return loss + config.scale_weight * reconstruction_loss(half, F.avg_pool2d(batch, 2))
 
