@@ -8,7 +8,7 @@ RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 .PHONY: help setup quickstart test test-slow lint format clean
 
 help:
-	@echo "make quickstart  set up, train both stages of a tiny IOMM (about ten minutes), draw pictures"
+	@echo "make quickstart  set up, train both stages of a tiny IOMM (about twelve minutes), draw pictures"
 	@echo "make test        set up and run the tests (under ten minutes on two cores)"
 	@echo "make test-slow   the longer checks as well"
 	@echo "make lint        ruff and mypy"
