@@ -61,8 +61,8 @@ def test_a_trained_condition_is_seen(pipeline, stream):
         latents = pipe.vae.encode(pixels).latent_dist.mean
         pipe.vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, 0.0).train()
-    optimizer = torch.optim.AdamW(module.trainable_parameters(), lr=2e-3)
-    for step in range(100):
+    optimizer = torch.optim.AdamW(module.trainable_parameters(), lr=1e-3)
+    for step in range(200):  # at 100 the benefit is there, but not yet on every picture
         batch = IOMMCollator(pipe.processor, 64, condition_dropout=0.0, seed=100 + step)(eight)
         optimizer.zero_grad()
         module(batch)["loss"].backward()
