@@ -5,15 +5,19 @@
     python recipes/compare_recipes.py --studies mask_ratio pairs
 
 Pictures are plentiful and pairs few. Both stages have the settings of one YAML file each; an arm of a study changes some of
-them, and where it leaves out pre-training, fine-tuning takes the steps of both. Arms that train alike share their runs and
-scores. What is scored is not run again; table, plot and sheet are written anew after every score.
+them. Arms that train alike share their runs and scores. What is scored is not run again; table, plot and sheet are written
+anew after every score.
+
+On CPU a run takes one core. Start the same command once a core: each takes what no other is at.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from scipy.stats import t as student
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
-from iomm_hf.data.shapes import TASKS
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.evaluation.drawing import draw_plan
+from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
 from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, score_pictures
 from iomm_hf.presets import get_preset
@@ -45,7 +50,7 @@ class Arm:
     """One way to train: changes to the settings of both stages (`mix_ratio` is the share of pictures alone)."""
 
     label: str
-    pretrain: dict[str, Any] | None  # None: no pre-training
+    pretrain: dict[str, Any]
     finetune: dict[str, Any]
     paper: float | None = None  # GenEval overall there
     x: float | None = None  # its place on the plot's axis
@@ -131,13 +136,13 @@ STUDIES = {
         x_label="share of pictures alone in fine-tuning",
     ),
     "pairs": Study(
-        "How many pairs it takes, with and without image-only pre-training, at equal steps in all",
+        "How many pairs it takes, with pictures first and mixed in, and from pairs alone at equal steps",
         [
             Arm(f"{series}, {number}", *stages, x=number, series=series, num_pairs=number)
-            for series, stages in {"pictures first": (PICTURES, BOTH), "pairs alone": (None, PAIRS)}.items()
-            for number in (125, 500, 2000, 8000)
+            for series, stages in {"pictures first": (PICTURES, BOTH), "pairs alone": (PAIRS, PAIRS)}.items()
+            for number in (250, 1000, 4000, 16000)
         ],
-        [(f"pictures first, {number}", f"pairs alone, {number}") for number in (125, 500, 2000, 8000)],
+        [(f"pictures first, {number}", f"pairs alone, {number}") for number in (250, 1000, 4000, 16000)],
         x_label="pairs",
     ),
 }
@@ -165,11 +170,12 @@ class CompareConfig:
         default=2, metadata={"help": "Pre-trainings of each kind; fine-tunings start from them in turn."}
     )
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks to score."})
-    num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
+    edits_per_kind: int = field(default=40, metadata={"help": "Cases of each of the three kinds of edits to score."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     num_processes: int = field(
-        default_factory=lambda: torch.cuda.device_count() or os.cpu_count() or 1,
-        metadata={"help": "Ranks of a training. Default: one a GPU, or one a CPU core."},
+        default_factory=lambda: torch.cuda.device_count() or 1,
+        metadata={"help": "Ranks of a training. Default: one a GPU, or one."},
     )
 
     def __post_init__(self):
@@ -212,17 +218,17 @@ def prepare(config: CompareConfig, kind: str, number: int) -> str:
     cached = drawn.with_name(f"cached-{drawn.name}")
     captions = kind == "pairs"
     progress = cached / "progress.json"
-    if not (progress.exists() and json.loads(progress.read_text())["done"]):
-        write_shards(drawn, number, seed=11 if captions else 10, captions=captions, layout="parquet")
-        source = {"path": str(drawn)} | ({"caption_column": "prompt"} if captions else {})
-        run("precompute_latents.py", {"source": source, "preset": "tiny", "output_dir": str(cached)})
+    drawn.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{drawn}.lock"):  # waits: it takes a minute
+        if not (progress.exists() and json.loads(progress.read_text())["done"]):
+            write_shards(drawn, number, seed=11 if captions else 10, captions=captions, layout="parquet")
+            source = {"path": str(drawn)} | ({"caption_column": "prompt"} if captions else {})
+            run("precompute_latents.py", {"source": source, "preset": "tiny", "output_dir": str(cached)})
     return str(cached)
 
 
-def name_of(stage: str, changes: dict[str, Any] | None, num_pairs: int) -> str:
+def name_of(stage: str, changes: dict[str, Any], num_pairs: int) -> str:
     """The same for the same training: `pretrain_mask_ratio=0.25,mix_ratio=1.0`."""
-    if changes is None:
-        return f"{stage}_none"
     settings = changes | ({"num_pairs": num_pairs} if changes["mix_ratio"] < 1 else {})
     return f"{stage}_{','.join(f'{name}={value}' for name, value in sorted(settings.items()))}"
 
@@ -230,9 +236,11 @@ def name_of(stage: str, changes: dict[str, Any] | None, num_pairs: int) -> str:
 def train(
     config: CompareConfig, name: str, settings: dict[str, Any], num_pairs: int, seed: int, init_from: Path | None
 ) -> Path:
-    """One run; returns its finished pipeline."""
+    """One run; returns its finished pipeline. Raises `filelock.Timeout` while another process is at it."""
     final = Path(config.output_dir, name, "final")
-    if not final.exists():
+    with FileLock(final.parent.with_suffix(".lock"), timeout=0):
+        if final.exists():
+            return final
         settings = settings | {"output_dir": str(final.parent), "seed": seed, "images": [], "pairs": []}
         if settings["mix_ratio"] > 0:
             settings["images"] = [prepare(config, "pictures", config.num_images)]
@@ -254,20 +262,17 @@ def score_file(config: CompareConfig, arm: Arm, seed: int) -> Path:
 
 
 def train_and_score(config: CompareConfig, arm: Arm, seed: int):
-    """Both stages of an arm, and its score; what is there already is used."""
+    """Both stages of an arm, and its score; what is there already is used. Raises as [`train`] does."""
     path = score_file(config, arm, seed)
-    if path.exists():
-        return
     num_pairs = arm.num_pairs or config.num_pairs
     pretrain, finetune = (yaml.safe_load(Path(file).read_text()) for file in (config.pretrain, config.finetune))
-    start = None
-    if arm.pretrain is None:
-        finetune["max_steps"] += pretrain["max_steps"]
-    else:
+    with FileLock(Path(config.output_dir, f"{path.stem}-score.lock"), timeout=0):
+        if path.exists():
+            return
         first = seed % config.pretrain_seeds
         name = f"{name_of('pretrain', arm.pretrain, num_pairs)}-seed_{first}"
         start = train(config, name, pretrain | arm.pretrain, num_pairs, first, None)
-    score(config, train(config, path.stem, finetune | arm.finetune, num_pairs, seed, start), path)
+        score(config, train(config, path.stem, finetune | arm.finetune, num_pairs, seed, start), path)
 
 
 def score(config: CompareConfig, final: Path, path: Path):
@@ -283,7 +288,9 @@ def score(config: CompareConfig, final: Path, path: Path):
     for column, sample in enumerate(samples):
         strip.paste(sample, (column * sample.width, 0))
     strip.save(path.with_suffix(".png"))
-    write_json(path, report.to_dict() | sampling)
+    cases = edit_cases(config.edits_per_kind)
+    edits = score_edits(draw_edits(pipeline, cases, **sampling), cases)
+    write_json(path, report.to_dict() | {"edits": edits.to_dict()} | sampling)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -293,6 +300,58 @@ def interval(values: list[float]) -> tuple[float, float, float]:
         return mean, -float("inf"), float("inf")
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
+
+
+def difference(one: dict[int, dict], other: dict[int, dict]) -> tuple[float, float, float]:
+    """
+    Mean and 95 % interval of the differences at the seeds of both. Of a single seed the interval is that of its pictures
+    (MOVER), which knows nothing of how much trainings differ.
+    """
+    seeds = sorted(one.keys() & other.keys())
+    values = [one[seed]["value"] - other[seed]["value"] for seed in seeds]
+    if len(values) > 1:
+        return interval(values)
+    a, b = one[seeds[0]], other[seeds[0]]
+    down = math.hypot(a["value"] - a["low"], b["high"] - b["value"])
+    up = math.hypot(a["high"] - a["value"], b["value"] - b["low"])
+    return values[0], values[0] - down, values[0] + up
+
+
+def score_table(
+    arms: list[Arm], scores: dict[str, dict[int, dict]], shares: dict[str, list[dict]], papers: dict[str, float | None]
+) -> list[str]:
+    """A row an arm: the overall scores by label and seed, and the shares of each task or kind, mean of seeds."""
+    kinds = list(shares[arms[0].label][0])
+    columns = ["", "paper", "overall, mean of seeds", "by seed, with the interval of its pictures", *kinds]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm in arms:
+        means = scores[arm.label].values()
+        value, low, high = interval([mean["value"] for mean in means])
+        spread = f" [{low:.3f}, {high:.3f}]" if len(means) > 1 else ""
+        seeds = "; ".join("{value:.3f} [{low:.3f}, {high:.3f}]".format(**mean) for mean in means)
+        by_kind = [statistics.fmean(of[kind]["accuracy"] for of in shares[arm.label]) for kind in kinds]
+        paper = papers.get(arm.label)
+        cells = ["" if paper is None else f"{paper:.2f}", f"{value:.3f}{spread}", seeds]
+        lines.append(f"| {' | '.join([arm.label, *cells, *(f'{share:.2f}' for share in by_kind)])} |")
+    return [*lines, ""]
+
+
+def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: dict[str, float | None]) -> list[str]:
+    """A row a comparison that has seeds, and what its interval tells."""
+    lines = ["| difference | paper | here, same seeds | seeds | |", "|---|---|---|---|---|"]
+    for one, other in study.comparisons:
+        seeds = scores.get(one, {}).keys() & scores.get(other, {}).keys()
+        if not seeds:
+            continue
+        value, low, high = difference(scores[one], scores[other])
+        verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told apart"
+        if len(seeds) == 1:
+            verdict += ", by the pictures of one training each"
+        a, b = papers.get(one), papers.get(other)
+        paper = "" if a is None or b is None else f"{a - b:+.2f}"
+        cells = [f"{one} against {other}", paper, f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", str(len(seeds)), verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def write_report(config: CompareConfig, name: str):
@@ -307,40 +366,27 @@ def write_report(config: CompareConfig, name: str):
                 reports.setdefault(arm.label, {})[seed] = json.loads(path.read_text())
                 strips.setdefault(arm.label, path.with_suffix(".png"))
     arms = [arm for arm in study.arms if arm.label in reports]
-    overall = {
-        label: {seed: report["overall"]["value"] for seed, report in by_seed.items()}
-        for label, by_seed in reports.items()
-    }
     folder = Path(config.results_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
+    scores = {label: {seed: report["overall"] for seed, report in of.items()} for label, of in reports.items()}
+    tasks = {label: [report["tasks"] for report in of.values()] for label, of in reports.items()}
+    edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
+    kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
+    lines = [
+        study.question + ".",
+        "",
+        *score_table(arms, scores, tasks, {arm.label: arm.paper for arm in arms}),
+        *difference_table(study, scores, {arm.label: arm.paper for arm in arms}),
+        "Edits that no training showed, change made and rest kept:",
+        "",
+        *score_table(arms, edits, kinds, {}),
+        *difference_table(study, edits, {}),
+    ]
+    (folder / "table.md").write_text("\n".join(lines[:-1]) + "\n")
 
-    columns = ["", "paper", "overall, mean of seeds", "by seed, with the interval of its pictures", *TASKS]
-    lines = [study.question + ".", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for arm in arms:
-        mean, low, high = interval(list(overall[arm.label].values()))
-        spread = f" [{low:.3f}, {high:.3f}]" if len(overall[arm.label]) > 1 else ""
-        by_seed = reports[arm.label].values()
-        seeds = "; ".join("{value:.3f} [{low:.3f}, {high:.3f}]".format(**report["overall"]) for report in by_seed)
-        tasks = [statistics.fmean(report["tasks"][task]["accuracy"] for report in by_seed) for task in TASKS]
-        paper = "" if arm.paper is None else f"{arm.paper:.2f}"
-        cells = [arm.label, paper, f"{mean:.3f}{spread}", seeds, *(f"{task:.2f}" for task in tasks)]
-        lines.append(f"| {' | '.join(cells)} |")
-
-    papers = {arm.label: arm.paper for arm in arms}
-    lines += ["", "| difference | paper | here, same seeds | seeds | |", "|---|---|---|---|---|"]
-    for one, other in study.comparisons:
-        seeds = sorted(overall.get(one, {}).keys() & overall.get(other, {}).keys())
-        if not seeds:
-            continue
-        mean, low, high = interval([overall[one][seed] - overall[other][seed] for seed in seeds])
-        spread = f" [{low:+.3f}, {high:+.3f}]" if len(seeds) > 1 else ""
-        verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told apart"
-        known = papers[one] is not None and papers[other] is not None
-        paper = f"{papers[one] - papers[other]:+.2f}" if known else ""
-        lines.append(f"| {one} against {other} | {paper} | {mean:+.3f}{spread} | {len(seeds)} | {verdict} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-
-    plot_scores(study, [(arm, list(overall[arm.label].values())) for arm in arms], folder / "scores.png")
+    plot_scores(
+        study, [(arm, [mean["value"] for mean in scores[arm.label].values()]) for arm in arms], folder / "scores.png"
+    )
     rows = {}
     for label, path in strips.items():
         strip = Image.open(path)
@@ -375,11 +421,26 @@ def plot_scores(study: Study, scored: list[tuple[Arm, list[float]]], path: Path)
 
 def main(config: CompareConfig):
     claim(config)
-    for name in config.studies:
-        for seed in config.seeds or STUDIES[name].seeds:
-            for arm in STUDIES[name].arms:
+    todo = [
+        (name, arm, seed)
+        for name in config.studies
+        for seed in config.seeds or STUDIES[name].seeds
+        for arm in STUDIES[name].arms
+    ]
+    while todo:
+        for item in todo:
+            name, arm, seed = item
+            try:
                 train_and_score(config, arm, seed)
+            except Timeout:
+                continue  # another process is at it
+            with FileLock(Path(config.output_dir, f"{name}.lock")):
                 write_report(config, name)
+            todo.remove(item)
+            break
+        else:
+            time.sleep(10)
+    for name in config.studies:
         print((Path(config.results_dir) / name / "table.md").read_text())
         print(f"Wrote table.md, scores.png and sheet.png in {Path(config.results_dir) / name}")
 
