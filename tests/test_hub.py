@@ -180,6 +180,20 @@ def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, froz
     assert all(torch.equal(value, loaded[name]) for name, value in original.state_dict().items())
 
 
+def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path):
+    write_shards(tmp_path / "more", 16, seed=1, captions=False, samples_per_shard=8)
+    hub.commit_files("user/tars", folder_files(tmp_path / "more"), repo_type="dataset")
+    code = TRAIN.replace("hf://datasets/user/more/*.parquet", "user/tars").replace('"user/pictures", ', "")
+    run, unbroken = tmp_path / "cut", tmp_path / "undisturbed"
+    client(hub.environment(tmp_path / "one"), code, f"{unbroken}@3")
+    before = len(hub.requests)
+    hub.fail_next(2, path_contains=".tar", status=None)
+    client(hub.environment(tmp_path / "two"), code, f"{run}@3")
+    assert len(hub.requests) > before
+    one, two = (load_file(path / "checkpoint-00000003/state/trainable.safetensors") for path in (run, unbroken))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 STREAM = """
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.streams import SampleStream, SourceConfig

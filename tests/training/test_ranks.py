@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,23 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run(launch, settings, tm
     assert_same_state(unbroken / last, run / last, ranks=2)
     with pytest.raises(ValueError, match="written by 2 processes"):
         train(PretrainConfig(**settings | {"max_steps": 10}))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, settings):
+    """It reaches the loaders' workers too, as from a terminal, and they must deliver what is under way."""
+    settings |= {"max_steps": 1000, "save_every": 1000, "log_every": 1, "num_workers": 1}
+    process, log = launch(settings, ranks=2), Path(settings["output_dir"], "log.jsonl")
+    while not (log.exists() and log.read_text()) and process.poll() is None:
+        time.sleep(0.1)
+    ranks = [child for child in psutil.Process(process.pid).children() if RECIPE.name in " ".join(child.cmdline())]
+    workers = [worker for rank in ranks for worker in rank.children(recursive=True)]
+    for member in [*workers, ranks[1]]:
+        member.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    [checkpoint] = list_checkpoints(log.parent)
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert step == len(log.read_text().splitlines()) < 1000
+    launch.finish(settings | {"max_steps": step + 1}, ranks=2)
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ FREE_ON_RESUME = {
     "eval_pictures",
     "log_every",
     "tracker",
+    "max_nonfinite",
+    "max_loss_ratio",
 }
 
 
@@ -101,6 +103,13 @@ class TrainingConfig:
     adam_beta2: float = setting(0.95, "AdamW beta 2.")
     weight_decay: float = setting(0.0, "AdamW weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
+    max_nonfinite: int = setting(
+        10,
+        "Updates in a row that may be left out because their gradient is not finite; then the run stops (our choice).",
+    )
+    max_loss_ratio: float = setting(
+        5.0, "The run stops where the logged loss is this many times its usual one; 0: never (our choice)."
+    )
     lr_scheduler: str = setting("constant_with_warmup", "Any schedule of diffusers (our choice).")
     warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
     ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
@@ -128,8 +137,23 @@ class TrainingConfig:
 
     def __post_init__(self):
         _ = self.image_sources, self.paired_sources  # refuses bad ones at once
-        positive = ("batch_size", "gradient_accumulation", "max_steps", "learning_rate", "max_grad_norm", "save_every")
-        for name in (*positive, "keep_checkpoints", "log_every", "validation_steps", "shuffle_block", "eval_pictures"):
+        positive = (
+            "batch_size",
+            "gradient_accumulation",
+            "max_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "max_nonfinite",
+        )
+        for name in (
+            *positive,
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+            "validation_steps",
+            "shuffle_block",
+            "eval_pictures",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_learning_rate is not None and self.adapter_learning_rate <= 0:
@@ -138,6 +162,8 @@ class TrainingConfig:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.max_loss_ratio < 0:
+            raise ValueError(f"max_loss_ratio must be 0 or more, got {self.max_loss_ratio}.")
         if self.alignment_weight < 0:
             raise ValueError(f"alignment_weight must be 0 or more, got {self.alignment_weight}.")
         if not 0 <= self.condition_dropout <= 1:

@@ -7,6 +7,8 @@ started again by the same command ends with the same weights, averages, optimize
 import json
 import logging
 import math
+import shlex
+import sys
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -51,6 +53,7 @@ from .checkpoints import (
     write_json,
 )
 from .config import TrainingConfig, changed_settings
+from .guards import NonFiniteGuard, SpikeGuard, StopSignals, leave_interrupts_to_main
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
 from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub
@@ -71,8 +74,9 @@ def train(config: TrainingConfig) -> Path:
 
     Raises:
         `ValueError`: settings that do not fit, or that differ from those of the run to resume.
-        `FloatingPointError`: the loss is not finite.
+        `FloatingPointError`: too many updates in a row were not finite, or the loss leapt.
         `OSError`: a checkpoint could not be written.
+        `SystemExit`: SIGTERM or SIGINT asked it to stop; it has written a checkpoint and exits with 0.
     """
     output_dir = Path(config.output_dir)
     accelerator = Accelerator(
@@ -109,7 +113,12 @@ def train(config: TrainingConfig) -> Path:
     check_caches(stream, pipeline, resolution)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
     loader = StatefulDataLoader(
-        stream, batch_size=config.batch_size, collate_fn=collator, num_workers=config.num_workers, drop_last=True
+        stream,
+        batch_size=config.batch_size,
+        collate_fn=collator,
+        num_workers=config.num_workers,
+        drop_last=True,
+        worker_init_fn=leave_interrupts_to_main,
     )
 
     # 3. What trains
@@ -150,15 +159,17 @@ def train(config: TrainingConfig) -> Path:
     # 4. Resume
     step = 0
     skipped: Counter[str] = Counter()
+    recent: list[dict[str, float]] = []  # losses since the last line of the log
     if checkpoint is not None:
         rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
         loader.load_state_dict(rank_state["loader"])
         for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):
             scheduler.load_state_dict(state)
-        step, skipped = trainer_state["step"], Counter(rank_state["skipped"])
+        step, skipped, recent = trainer_state["step"], Counter(rank_state["skipped"]), rank_state["recent"]
         logger.info("Resuming from %s", checkpoint)
     if accelerator.is_main_process:
         keep_log_until(output_dir / "log.jsonl", step)
+    accelerator.wait_for_everyone()
     accelerator.init_trackers("iomm", config=flat(config.to_dict()))
 
     # 5. Train
@@ -167,64 +178,83 @@ def train(config: TrainingConfig) -> Path:
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
     )
     batches = iter(loader)
-    recent: list[dict[str, float]] = []  # losses since the last line of the log
+    logged = step
+    not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite)
+    spikes = SpikeGuard(config.max_loss_ratio, logged_losses(output_dir / "log.jsonl"))
     clock = time.monotonic()
-    while step < config.max_steps:
-        losses, grad_norm = update(accelerator, wrapped, optimizers, batches, config, skipped)
-        for scheduler in schedulers:
-            scheduler.step()
-        if ema is not None:
-            ema.step(parameters)
-        step += 1
-        recent.append(losses)
-        progress.update()
+    signal = None
+    with StopSignals() as signals:
+        while step < config.max_steps and signal is None:
+            losses, grad_norm, keys = update(accelerator, wrapped, optimizers, batches, config, skipped)
+            for scheduler in schedulers:
+                scheduler.step()
+            if ema is not None:
+                ema.step(parameters)
+            step += 1
+            progress.update()
+            not_finite.check(accelerator, step, grad_norm, losses, keys)
+            if math.isfinite(grad_norm):
+                recent.append(losses)
 
-        if step % config.log_every == 0 or step == config.max_steps:
-            now = time.monotonic()
-            row = {
-                "step": step,
-                "images": step * images_per_step,
-                **mean_over_ranks(accelerator, recent),
-                "grad_norm": grad_norm,
-                "learning_rate": schedulers[-1].get_last_lr()[-1],  # the generator's
-                "images_per_second": len(recent) * images_per_step / (now - clock),
-                "skipped": dict(total(skipped)),
-            }
-            recent, clock = [], now
-            progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")
-            accelerator.log({name: value for name, value in row.items() if name != "skipped"}, step=step)
-            if accelerator.is_main_process:
-                with (output_dir / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
+            if step % config.log_every == 0 or step == config.max_steps:
+                now = time.monotonic()
+                row = {
+                    "step": step,
+                    "images": step * images_per_step,
+                    **(mean_over_ranks(accelerator, recent) if recent else {}),
+                    "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                    "learning_rate": schedulers[-1].get_last_lr()[-1],  # the generator's
+                    "images_per_second": (step - logged) * images_per_step / (now - clock),
+                    "skipped": dict(total(skipped)),
+                }
+                recent, logged, clock = [], step, now
+                if "loss" in row:
+                    progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")
+                    spikes.check(step, row["loss"])
+                accelerator.log(
+                    {name: value for name, value in row.items() if isinstance(value, int | float)}, step=step
+                )
+                if accelerator.is_main_process:
+                    with (output_dir / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(row) + "\n")
 
-        if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
-            if accelerator.is_main_process:
+            if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
+                if accelerator.is_main_process:
+                    with ema_weights(ema, module):
+                        draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
+                module.train()
+                accelerator.wait_for_everyone()
+                clock = time.monotonic()
+
+            if config.eval_every and step % config.eval_every == 0:
                 with ema_weights(ema, module):
-                    draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
-            module.train()
-            accelerator.wait_for_everyone()
-            clock = time.monotonic()
+                    evaluate(config, pipeline, accelerator, output_dir, step)
+                module.train()
+                clock = time.monotonic()
 
-        if config.eval_every and step % config.eval_every == 0:
-            with ema_weights(ema, module):
-                evaluate(config, pipeline, accelerator, output_dir, step)
-            module.train()
-            clock = time.monotonic()
-
-        if step % config.save_every == 0 or step == config.max_steps:
-            trainer_state = {
-                "step": step,
-                "num_processes": accelerator.num_processes,
-                "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-                "config": config.to_dict(),
-            }
-            rank_state = {"loader": loader.state_dict(), "skipped": skipped}
-            path = output_dir / checkpoint_name(step)
-            save_checkpoint(path, accelerator, pipeline, module, ema, rank_state, trainer_state)
-            if accelerator.is_main_process:
-                rotate(output_dir, config.keep_checkpoints)
-            clock = time.monotonic()
+            signal = signals.received(accelerator)
+            if step % config.save_every == 0 or step == config.max_steps or signal:
+                trainer_state = {
+                    "step": step,
+                    "num_processes": accelerator.num_processes,
+                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+                    "config": config.to_dict(),
+                }
+                rank_state = {"loader": loader.state_dict(), "skipped": skipped, "recent": recent}
+                path = output_dir / checkpoint_name(step)
+                save_checkpoint(path, accelerator, pipeline, module, ema, rank_state, trainer_state)
+                if accelerator.is_main_process:
+                    rotate(output_dir, config.keep_checkpoints)
+                clock = time.monotonic()
     progress.close()
+    if signal is not None and step < config.max_steps:
+        accelerator.free_memory(wrapped, *optimizers)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            print(
+                f"Stopped by {signal} after step {step}, whose checkpoint is written. To go on: {shlex.join(sys.argv)}"
+            )
+        raise SystemExit(0)
 
     # 6. The result: whole in itself, but for frozen parts that the Hub holds
     final = output_dir / "final"
@@ -245,9 +275,11 @@ def train(config: TrainingConfig) -> Path:
 
 def update(
     accelerator, wrapped, optimizers, batches, config: TrainingConfig, skipped: Counter
-) -> tuple[dict[str, float], float]:
-    """One optimizer step over `gradient_accumulation` batches; returns this rank's mean losses and the gradient's norm."""
+) -> tuple[dict[str, float], float, list[str]]:
+    """One optimizer step over `gradient_accumulation` batches, left out if the gradient is not finite. Returns this rank's
+    mean losses, the norm of all ranks' gradient and the keys of this rank's samples."""
     losses: list[dict[str, float]] = []
+    keys: list[str] = []
     grad_norm = 0.0
     for _ in range(config.gradient_accumulation):
         batch = {
@@ -255,22 +287,18 @@ def update(
             for name, value in next(batches).items()
         }
         skipped.update(batch["skipped"])
+        keys += batch["keys"]
         with accelerator.accumulate(wrapped), attention_kernel(accelerator):
             terms = wrapped(batch)
-            loss = sum(terms.values())
             losses.append({name: term.item() for name, term in terms.items()})
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"The loss is {loss.item()} on the samples {batch['keys'][:4]}...; nothing was updated or saved."
-                    " A lower learning_rate helps most often; the newest checkpoint is whole."
-                )
-            accelerator.backward(loss)
+            accelerator.backward(sum(terms.values()))
             if accelerator.sync_gradients:
                 grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
             for optimizer in optimizers:
-                optimizer.step()
+                if math.isfinite(grad_norm):
+                    optimizer.step()
                 optimizer.zero_grad()
-    return mean_of(losses), grad_norm
+    return mean_of(losses), grad_norm, keys
 
 
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -335,6 +363,12 @@ def keep_log_until(path: Path, step: int):
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.write_text("".join(row + "\n" for row in rows))
     temporary.replace(path)
+
+
+def logged_losses(path: Path) -> list[float]:
+    """Of the log's rows so far, on every rank."""
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def total(counts: Counter) -> Counter:

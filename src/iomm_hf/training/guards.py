@@ -1,0 +1,151 @@
+"""What stops a run, or does not: updates that are not finite, losses that leap, signals.
+
+Ranks decide alike. The gradient's norm and the logged loss are those of all ranks anyway, so the first two cost nothing;
+a signal may reach one rank alone, so they ask each other after every step.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import threading
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+logger = logging.getLogger(__name__)
+
+USUAL = 20  # rows of the log whose median loss is the usual one
+
+
+class StopSignals:
+    r"""
+    Turns SIGTERM and SIGINT into a wish that the loop can grant between two steps. A second SIGINT stops at once.
+
+    Example:
+
+    ```python
+    >>> import os, signal
+    >>> from accelerate import Accelerator
+    >>> from iomm_hf.training.guards import StopSignals
+    >>> with StopSignals() as signals:
+    ...     os.kill(os.getpid(), signal.SIGTERM)
+    ...     signals.received(Accelerator(cpu=True))
+    'SIGTERM'
+    ```
+    """
+
+    def __init__(self):
+        self._own: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None):
+        if self._own is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._own = number
+        os.write(2, b"\nStopping after this step; its checkpoint will be written.\n")  # print may be half-way itself
+
+    def received(self, accelerator: Accelerator) -> str | None:
+        """Name of the signal that any rank has received; every rank must call it."""
+        number = self._own or 0
+        if accelerator.num_processes > 1:
+            numbers = torch.tensor([number], device=accelerator.device)
+            number = int(accelerator.gather(numbers).max().item())
+        return signal.Signals(number).name if number else None
+
+
+class NonFiniteGuard:
+    r"""
+    Counts updates that were skipped because their gradient is not finite, and keeps what they were made of.
+
+    Args:
+        path (`Path`): JSON lines of them: step, gradient's norm, and each rank's losses and sample keys.
+        limit (`int`): So many in a row are too many.
+    """
+
+    def __init__(self, path: Path, limit: int):
+        self.path, self.limit = path, limit
+        self.in_a_row = 0
+
+    def check(self, accelerator: Accelerator, step: int, grad_norm: float, losses: dict[str, float], keys: list[str]):
+        r"""
+        Notes one update; every rank must call it.
+
+        Raises:
+            `FloatingPointError`: the last `limit` updates were all skipped.
+        """
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        by_rank = gather_object([{"losses": {name: repr(loss) for name, loss in losses.items()}, "keys": keys}])
+        if accelerator.is_main_process:
+            logger.warning(
+                "Step %d: the gradient's norm is %s; nothing is updated. Samples: %s", step, grad_norm, self.path
+            )
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "grad_norm": repr(grad_norm), "ranks": by_rank}) + "\n")
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.in_a_row} updates in a row were not finite, the last at step {step}; none was made, and their"
+                f" samples are in {self.path}. The newest checkpoint is whole. A lower learning_rate helps most often."
+            )
+
+
+class SpikeGuard:
+    r"""
+    Stops a run whose logged loss leaps above its usual one, before a checkpoint of the wreck replaces a sound one.
+
+    Args:
+        ratio (`float`): The leap that is too large, as a multiple of the median of the last rows; 0 lets all pass.
+        losses (`list[float]`, *optional*): Of the rows so far.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.training.guards import SpikeGuard
+    >>> SpikeGuard(5.0, [0.3] * 20).check(step=210, loss=1.4)
+    ```
+    """
+
+    def __init__(self, ratio: float, losses: list[float] | None = None):
+        self.ratio = ratio
+        self.losses = deque(losses or [], maxlen=USUAL)
+
+    def check(self, step: int, loss: float):
+        r"""
+        Takes the loss of one more row of the log.
+
+        Raises:
+            `FloatingPointError`: it is more than `ratio` times the usual one.
+        """
+        if self.ratio and len(self.losses) == USUAL and loss > self.ratio * statistics.median(self.losses):
+            raise FloatingPointError(
+                f"The loss leapt to {loss:.4g} before step {step}, from {statistics.median(self.losses):.4g} (median of"
+                f" {USUAL} rows of the log). The newest checkpoint is from before that row. Start again from it"
+                " with a lower learning_rate (--init_from, a new output_dir), or raise max_loss_ratio if this was expected."
+            )
+        self.losses.append(loss)
+
+
+def leave_interrupts_to_main(worker: int):
+    """For a loader's processes: Ctrl-C reaches them too, and the step that is under way still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,117 @@
+"""Updates that are not finite are left out, losses that leap stop a run, signals stop it between two steps."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iomm_hf.training import PretrainConfig, loop, train
+from iomm_hf.training.checkpoints import list_checkpoints
+from iomm_hf.training.guards import SpikeGuard, StopSignals
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Calls a function inside the numbered optimizer step of the next run, before it is made."""
+
+    def arrange(number: int, function):
+        calls, original = [], loop.update
+
+        def update(*args):
+            calls.append(1)
+            if len(calls) == number:
+                function()
+            return original(*args)
+
+        monkeypatch.setattr(loop, "update", update)
+
+    return arrange
+
+
+def scale_losses(monkeypatch, steps, factor: float):
+    """The module's real losses, multiplied in these of its calls."""
+    calls, original = [], loop.IOMMTrainingModule.forward
+
+    def forward(self, batch):
+        calls.append(1)
+        terms = original(self, batch)
+        return {name: term * factor for name, term in terms.items()} if len(calls) in steps else terms
+
+    monkeypatch.setattr(loop.IOMMTrainingModule, "forward", forward)
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "state/trainable.safetensors")
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_kept_for_later(settings, monkeypatch):
+    run = Path(settings["output_dir"])
+    scale_losses(monkeypatch, {3}, float("nan"))
+    train(PretrainConfig(**settings | {"max_steps": 4, "save_every": 1, "log_every": 1, "keep_checkpoints": 4}))
+    before, skipped, after = (trained(path) for path in list_checkpoints(run)[1:])
+    assert all(torch.equal(value, skipped[name]) for name, value in before.items())
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not torch.equal(after["encoder.adapter.queries"], skipped["encoder.adapter.queries"])
+    [line] = (run / "nonfinite.jsonl").read_text().splitlines()
+    note = json.loads(line)
+    assert note["step"] == 3 and note["grad_norm"] == "nan" and len(set(note["ranks"][0]["keys"])) == 3
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert ["loss" in row for row in rows] == [True, True, False, True] and rows[2]["grad_norm"] is None
+
+
+def test_too_many_of_them_in_a_row_stop_the_run(settings, monkeypatch):
+    scale_losses(monkeypatch, {1, 2, 4, 5, 6}, float("inf"))
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row were not finite, the last at step 6.*nonfinite"):
+        train(PretrainConfig(**settings | {"max_nonfinite": 3}))
+    assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-00000004"]
+
+
+def test_a_loss_that_leaps_stops_the_run_before_its_checkpoint(settings, monkeypatch):
+    settings |= {"log_every": 1, "batch_size": 1, "save_every": 21}
+    train(PretrainConfig(**settings | {"max_steps": 21}))
+    scale_losses(monkeypatch, {1}, 100.0)
+    with pytest.raises(FloatingPointError, match=r"leapt to .* before step 22.*max_loss_ratio"):
+        train(PretrainConfig(**settings | {"max_steps": 22}))  # what is usual is read from the log
+    assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-00000021"]
+
+
+def test_a_leap_is_one_above_many_rows_alone():
+    SpikeGuard(5.0, [0.3] * 19).check(20, 100.0)  # too few to know what is usual
+    SpikeGuard(0.0, [0.3] * 20).check(21, 100.0)  # turned off
+    guard = SpikeGuard(5.0, [9.0] * 50 + [0.3] * 20)
+    guard.check(71, 1.49)
+    with pytest.raises(FloatingPointError, match=r"leapt to 1.51 before step 72, from 0.3 "):
+        guard.check(72, 1.51)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(settings, tmp_path, before_step, capsys, number):
+    settings |= {"log_every": 4, "max_steps": 8}
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before_step(6, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        train(PretrainConfig(**settings))
+    assert stop.value.code == 0 and f"Stopped by {number.name} after step 6" in capsys.readouterr().out
+    run = Path(settings["output_dir"])
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-00000004", "checkpoint-00000006"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+    train(PretrainConfig(**settings))
+    train(PretrainConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
+    one, two = (trained(folder / "checkpoint-00000008") for folder in (run, tmp_path / "unbroken"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in log]
+        for log in ((folder / "log.jsonl").read_text().splitlines() for folder in (run, tmp_path / "unbroken"))
+    ]
+    assert logs[0] == logs[1]  # a row whose steps a stop divides is whole again
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
