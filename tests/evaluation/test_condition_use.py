@@ -65,7 +65,7 @@ def test_a_trained_condition_is_seen(flux, stream):
     for step in range(120):
         batch = IOMMCollator(pipe.processor, 64, condition_dropout=0.0, seed=100 + step)(eight)
         optimizer.zero_grad()
-        module(batch)["loss"].backward()
+        module(batch)[0]["loss"].backward()
         torch.nn.utils.clip_grad_norm_(module.trainable_parameters(), 1.0)
         optimizer.step()
     result = measure_condition_use(pipe, iter(eight), 8, mask_ratio=0.0, draws=8, batch_size=8)

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses
+from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses, plot_run
 
 
 def test_a_sheet_has_a_row_a_model_and_a_column_a_prompt(tmp_path, images):
@@ -38,3 +38,19 @@ def test_a_sheet_may_have_a_prompt_over_each_picture(tmp_path, images):
     draw_sheet({"one": images, "two": images}, titles, tmp_path / "sheet.png")
     with pytest.raises(KeyError):
         draw_sheet({"three": images}, titles, tmp_path / "never.png")
+
+
+def test_a_run_shows_all_its_curves_and_gaps_where_an_update_was_left_out(tmp_path):
+    row = {"grad_norm": 0.5, "learning_rate": 1e-3, "images_per_second": 40.0}
+    groups = {"loss_by_time": {"0-0.25": 0.2, "0.25-0.5": 0.4}, "loss_by_source": {"0: photos": 0.3}}
+    rows = [
+        {"step": step, "images": 3 * step, "loss": 1 / step, "alignment": 0.1, **row, **groups} for step in range(1, 9)
+    ]
+    rows[3] = {"step": 4, **row, "grad_norm": None, "loss_by_time": {}, "loss_by_source": {}}
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plot_run(tmp_path, tmp_path / "curves.png")
+    plot_losses({"run": tmp_path}, tmp_path / "loss.png")
+    curves, loss = (
+        len(Image.open(tmp_path / f"{n}.png").convert("RGB").getcolors(500_000)) for n in ("curves", "loss")
+    )
+    assert curves > loss > 3

@@ -14,6 +14,9 @@ from iomm_hf.training.checkpoints import list_checkpoints
 from iomm_hf.training.guards import SpikeGuard, StopSignals
 
 
+MEASURED = ("images_per_second", "seconds_waiting")  # by the clock
+
+
 @pytest.fixture
 def before_step(monkeypatch):
     """Calls a function inside the numbered optimizer step of the next run, before it is made."""
@@ -38,8 +41,10 @@ def scale_losses(monkeypatch, steps, factor: float):
 
     def forward(self, batch):
         calls.append(1)
-        terms = original(self, batch)
-        return {name: term * factor for name, term in terms.items()} if len(calls) in steps else terms
+        terms, samples = original(self, batch)
+        if len(calls) in steps:
+            terms = {name: term * factor for name, term in terms.items()}
+        return terms, samples
 
     monkeypatch.setattr(loop.IOMMTrainingModule, "forward", forward)
 
@@ -105,7 +110,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(settings, tmp
     one, two = (trained(folder / "checkpoint-00000008") for folder in (run, tmp_path / "unbroken"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
     logs = [
-        [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in log]
+        [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in log]
         for log in ((folder / "log.jsonl").read_text().splitlines() for folder in (run, tmp_path / "unbroken"))
     ]
     assert logs[0] == logs[1]  # a row whose steps a stop divides is whole again

@@ -45,7 +45,7 @@ def gradients(module, loss) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_reach_what_trains_and_nothing_else(module, samples, collate):
-    found = gradients(module, module(collate(samples))["loss"])
+    found = gradients(module, module(collate(samples))[0]["loss"])
     assert found.keys() == module.trainable_state().keys()
     assert all(name.startswith(("encoder.adapter.", "encoder.connector.", "transformer.")) for name in found)
     assert all(torch.isfinite(gradient).all() and gradient.abs().max() > 0 for gradient in found.values())
@@ -68,13 +68,13 @@ def test_a_samples_loss_is_the_same_alone_in_a_batch_and_in_any_order(module, sa
         assert module.sample_losses(collate([sample]))[0] == pytest.approx(losses[i].item(), rel=1e-4)
     backwards = module.sample_losses(collate(samples[::-1]))
     assert torch.allclose(backwards.flip(0), losses, rtol=1e-4)
-    assert module(collate(samples))["loss"] == pytest.approx(losses.mean().item())
+    assert module(collate(samples))[0]["loss"] == pytest.approx(losses.mean().item())
 
 
 def test_two_ranks_average_to_the_gradient_of_one(module, samples, collate):
     """DDP averages the ranks' gradients; their batches are padded to different lengths."""
-    whole = gradients(module, module(collate(samples))["loss"])
-    halves = [gradients(module, module(collate(part))["loss"]) for part in (samples[:3], samples[3:])]
+    whole = gradients(module, module(collate(samples))[0]["loss"])
+    halves = [gradients(module, module(collate(part))[0]["loss"]) for part in (samples[:3], samples[3:])]
     total = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
     for name, gradient in whole.items():
         average = (halves[0][name] + halves[1][name]) / 2
@@ -99,7 +99,7 @@ def test_other_draws_for_another_epoch(module, samples, collate):
 
 def test_bf16_autocast_trains(module, samples, collate):
     with torch.autocast("cpu", torch.bfloat16):
-        loss = module(collate(samples[:2]))["loss"]
+        loss = module(collate(samples[:2]))[0]["loss"]
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
     assert {gradient.dtype for gradient in gradients(module, loss).values()} == {torch.float32}
 
@@ -108,8 +108,8 @@ def test_a_compiled_generator_gives_the_same_gradients(flux, samples, collate):
     module = make_module(preset=flux)
     compiled = IOMMTrainingModule(module.encoder, module.transformer, module.vae, mask_ratio=0.5, compile=True).train()
     batch = collate(samples)
-    plain = gradients(module, module(batch)["loss"])
-    fused = gradients(compiled, compiled(batch)["loss"])
+    plain = gradients(module, module(batch)[0]["loss"])
+    fused = gradients(compiled, compiled(batch)[0]["loss"])
     assert plain.keys() == fused.keys()
     for name, gradient in plain.items():
         assert torch.allclose(fused[name], gradient, rtol=1e-3, atol=1e-5), name

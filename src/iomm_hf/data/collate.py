@@ -34,7 +34,7 @@ class IOMMCollator:
 
     Returns:
         `dict` with `input_ids` and `attention_mask` (B, L), `pixel_values` (images, 3, h, w) where the batch has any,
-        `pixels` (B, 3, resolution, resolution) as uint8, `seed` (B,), `keys` (B strings), `num_captions` and `skipped`
+        `pixels` (B, 3, resolution, resolution) as uint8, `seed` and `source` (B,), `keys` (B strings), `num_captions` and `skipped`
         ({reason: count} of bad samples met on the way). From cached samples, `latent_mean` and `latent_logvar`
         (B, C, h, w) replace `pixels`, `image_features` (images, tokens, D) `pixel_values`, and where all samples have
         them there are `vision_tokens` (B, tokens, D), captioned or not.
@@ -69,6 +69,7 @@ class IOMMCollator:
         batch = {
             **self.processor.encode(conversations),
             "seed": torch.tensor(seeds),
+            "source": torch.tensor([sample.get("source", 0) for sample in samples]),
             "keys": [f"{sample['key']}@{sample['epoch']}" for sample in samples],
             "num_captions": sum(sample["caption"] is not None for sample in samples),
             "skipped": skipped,

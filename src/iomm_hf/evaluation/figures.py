@@ -1,9 +1,11 @@
 """Pictures for people: sheets of drawings and curves of losses. Needs matplotlib (the `train` extra)."""
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from PIL import Image
@@ -41,7 +43,7 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path):
     """Writes the loss curves of runs, each a folder with `log.jsonl`, by their names."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
     for name, folder in runs.items():
-        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        rows = [row for row in read_log(Path(folder) / "log.jsonl") if "loss" in row]
         axis.plot([row["images"] for row in rows], [row["loss"] for row in rows], label=name)
     axis.set(xlabel="pictures seen in the stage", ylabel="flow-matching loss", yscale="log")
     axis.legend()
@@ -49,15 +51,45 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path):
     save(figure, path)
 
 
+def plot_run(folder: str | Path, path: str | Path):
+    """Writes all curves of a run, a folder with `log.jsonl`: losses as they are, by time and by source, the gradient's norm,
+    the learning rate and the speed."""
+    rows = read_log(Path(folder) / "log.jsonl")
+    panels: dict[str, dict[str, list]] = {"loss": {"flow matching": [row.get("loss") for row in rows]}}
+    if any("alignment" in row for row in rows):
+        panels["loss"]["alignment"] = [row.get("alignment") for row in rows]
+    for name in ("loss_by_time", "loss_by_source"):
+        labels = sorted({label for row in rows for label in row.get(name, {})})
+        panels[name] = {label: [row.get(name, {}).get(label) for row in rows] for label in labels}
+    for name in ("grad_norm", "learning_rate", "images_per_second"):
+        panels[name] = {"": [row.get(name) for row in rows]}
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), squeeze=False)
+    steps = [row["step"] for row in rows]
+    for axis, (name, curves) in zip(axes.flat, panels.items(), strict=True):
+        for label, values in curves.items():
+            axis.plot(steps, [math.nan if value is None else value for value in values], label=label)
+        if any(curves):
+            axis.legend(fontsize=7)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+        if name.startswith("loss"):
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    save(figure, path)
+
+
 def plot_logs(files: Sequence[str | Path], path: str | Path):
     """Writes one panel a log: files of JSON lines with `step` and `loss`, as the recipes of stage 0 leave them."""
     figure, axes = plt.subplots(1, len(files), figsize=(4 * len(files), 3), squeeze=False)
     for axis, file in zip(axes[0], files, strict=True):
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        rows = read_log(file)
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows])
         axis.set(title=Path(file).stem, xlabel="step", ylabel="loss", yscale="log")
         axis.grid(alpha=0.3)
     save(figure, path)
+
+
+def read_log(file: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
 def save(figure: plt.Figure, path: str | Path):

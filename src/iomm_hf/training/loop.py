@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..data.collate import IOMMCollator, sample_seed
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
@@ -54,9 +53,10 @@ from .checkpoints import (
 )
 from .config import TrainingConfig, changed_settings
 from .guards import NonFiniteGuard, SpikeGuard, StopSignals, leave_interrupts_to_main
+from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub
+from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, software
 
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ def train(config: TrainingConfig) -> Path:
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
     )
     batches = iter(loader)
+    sources = [f"{i}: {source.source.path}" for i, source in enumerate(stream.streams)]
     logged = step
     not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite)
     spikes = SpikeGuard(config.max_loss_ratio, logged_losses(output_dir / "log.jsonl"))
@@ -185,7 +186,7 @@ def train(config: TrainingConfig) -> Path:
     signal = None
     with StopSignals() as signals:
         while step < config.max_steps and signal is None:
-            losses, grad_norm, keys = update(accelerator, wrapped, optimizers, batches, config, skipped)
+            losses, grad_norm, keys = update(accelerator, wrapped, optimizers, batches, config, len(sources), skipped)
             for scheduler in schedulers:
                 scheduler.step()
             if ema is not None:
@@ -198,22 +199,24 @@ def train(config: TrainingConfig) -> Path:
 
             if step % config.log_every == 0 or step == config.max_steps:
                 now = time.monotonic()
+                means = mean_over_ranks(accelerator, recent) if recent else {}
                 row = {
                     "step": step,
                     "images": step * images_per_step,
-                    **(mean_over_ranks(accelerator, recent) if recent else {}),
+                    **{name: value for name, value in means.items() if "/" not in name},
+                    **mean_losses_by_group(means, sources),
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": schedulers[-1].get_last_lr()[-1],  # the generator's
                     "images_per_second": (step - logged) * images_per_step / (now - clock),
                     "skipped": dict(total(skipped)),
                 }
+                if accelerator.device.type == "cuda":
+                    row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 recent, logged, clock = [], step, now
                 if "loss" in row:
                     progress.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{row['images_per_second']:.1f}")
                     spikes.check(step, row["loss"])
-                accelerator.log(
-                    {name: value for name, value in row.items() if isinstance(value, int | float)}, step=step
-                )
+                accelerator.log(numbers(row), step=step)
                 if accelerator.is_main_process:
                     with (output_dir / "log.jsonl").open("a") as log:
                         log.write(json.dumps(row) + "\n")
@@ -274,7 +277,7 @@ def train(config: TrainingConfig) -> Path:
 
 
 def update(
-    accelerator, wrapped, optimizers, batches, config: TrainingConfig, skipped: Counter
+    accelerator, wrapped, optimizers, batches, config: TrainingConfig, num_sources: int, skipped: Counter
 ) -> tuple[dict[str, float], float, list[str]]:
     """One optimizer step over `gradient_accumulation` batches, left out if the gradient is not finite. Returns this rank's
     mean losses, the norm of all ranks' gradient and the keys of this rank's samples."""
@@ -282,15 +285,22 @@ def update(
     keys: list[str] = []
     grad_norm = 0.0
     for _ in range(config.gradient_accumulation):
+        started = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - started
         batch = {
             name: value.to(accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in next(batches).items()
+            for name, value in batch.items()
         }
         skipped.update(batch["skipped"])
         keys += batch["keys"]
         with accelerator.accumulate(wrapped), attention_kernel(accelerator):
-            terms = wrapped(batch)
-            losses.append({name: term.item() for name, term in terms.items()})
+            terms, samples = wrapped(batch)
+            losses.append(
+                {name: term.item() for name, term in terms.items()}
+                | losses_by_group(samples["losses"], samples["timesteps"], batch["source"], num_sources)
+                | {"seconds_waiting": waited}
+            )
             accelerator.backward(sum(terms.values()))
             if accelerator.sync_gradients:
                 grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
@@ -332,7 +342,7 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         if accelerator.is_main_process:
-            write_json(output_dir / "run.json", {"iomm_hf": __version__, "config": config.to_dict()})
+            write_json(output_dir / "run.json", {**software(), "config": config.to_dict()})
         return None
     newest = checkpoints[-1]
     if not config.resume:
@@ -374,6 +384,17 @@ def logged_losses(path: Path) -> list[float]:
 def total(counts: Counter) -> Counter:
     """Sum over ranks; every rank must call it."""
     return sum(gather_object([counts]), Counter())
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """A row of the log as trackers take it."""
+    flattened: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flattened |= {f"{name}/{key}": number for key, number in value.items()}
+        elif value is not None:
+            flattened[name] = value
+    return flattened
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:

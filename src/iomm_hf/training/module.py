@@ -71,13 +71,14 @@ class IOMMTrainingModule(nn.Module):
         """Name -> tensor of what trains, for checkpoints."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What is minimised, as terms to add up: `loss`, the mean over a batch of [`~iomm_hf.data.collate.IOMMCollator`],
-        and `alignment`, weighted, where there is one."""
-        terms = {"loss": self.sample_losses(batch).mean()}
+        and `alignment`, weighted, where there is one. Beside it, to be looked at, each sample's `losses` and `timesteps`."""
+        losses, timesteps = self.losses_and_timesteps(batch)
+        terms = {"loss": losses.mean()}
         if self.alignment is not None:
             terms["alignment"] = self.alignment_weight * self.alignment(batch["vision_tokens"])
-        return terms
+        return terms, {"losses": losses.detach(), "timesteps": timesteps}
 
     def sample_losses(self, batch: dict[str, Any], conditions_from: torch.Tensor | None = None) -> torch.Tensor:
         r"""
@@ -89,6 +90,12 @@ class IOMMTrainingModule(nn.Module):
             conditions_from (`torch.LongTensor` of shape `(B,)`, *optional*): Gives sample `i` the condition of sample
                 `conditions_from[i]`, everything else unchanged: the control that shows whether conditions are used.
         """
+        return self.losses_and_timesteps(batch, conditions_from)[0]
+
+    def losses_and_timesteps(
+        self, batch: dict[str, Any], conditions_from: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`sample_losses`] and the times that they were drawn at, both (B,)."""
         device = batch["seed"].device
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seed"].tolist()]
         timestep = sample_timesteps(generators, self.timestep_sampling, self.timestep_shift).to(device)
@@ -120,7 +127,7 @@ class IOMMTrainingModule(nn.Module):
         velocity = self.predict_velocity(
             self.transformer, interpolate(latents, noise, timestep), timestep, condition, condition_mask
         )
-        return flow_matching_loss(velocity, velocity_target(latents, noise))
+        return flow_matching_loss(velocity, velocity_target(latents, noise)), timestep
 
     def posterior(self, batch: dict[str, Any]) -> DiagonalGaussianDistribution:
         """What the autoencoder makes of the batch's pictures, (B, C, h, w): computed here, or cached."""

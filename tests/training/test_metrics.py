@@ -1,0 +1,39 @@
+"""Losses by time and by source: from batches to the log, over steps and ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from iomm_hf.training import FinetuneConfig, train
+from iomm_hf.training.metrics import BANDS, losses_by_group, mean_losses_by_group
+
+
+def test_means_over_steps_are_those_over_their_samples():
+    generator = torch.Generator().manual_seed(0)
+    losses, times = torch.rand(3, 8, generator=generator), torch.rand(3, 8, generator=generator)
+    times[0, 0] = 1.0  # pure noise belongs to the last band
+    sources = torch.randint(0, 2, (3, 8), generator=generator)
+    rows = [losses_by_group(*step, num_sources=3) for step in zip(losses, times, sources, strict=True)]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    groups = mean_losses_by_group(means, ["a", "b", "c"])
+    assert groups["loss_by_source"] == pytest.approx(
+        {"a": losses[sources == 0].mean().item(), "b": losses[sources == 1].mean().item()}
+    )
+    assert len(groups["loss_by_time"]) == BANDS == 4
+    assert groups["loss_by_time"]["0.75-1"] == pytest.approx(losses[times >= 0.75].mean().item())
+    assert groups["loss_by_time"]["0-0.25"] == pytest.approx(losses[times < 0.25].mean().item())
+
+
+def test_a_run_logs_them(settings, parts):
+    settings |= {"pairs": [{"path": str(parts / "pairs"), "caption_column": "json.prompt"}], "max_steps": 4}
+    train(FinetuneConfig(**settings | {"log_every": 4, "batch_size": 8, "gradient_accumulation": 2}))
+    [row] = map(json.loads, Path(settings["output_dir"], "log.jsonl").read_text().splitlines())
+    pictures, pairs = row["loss_by_source"].items()
+    assert pictures[0] == f"0: {parts / 'images'}" and pairs[0] == f"1: {parts / 'pairs'}"
+    assert min(pictures[1], pairs[1]) < row["loss"] < max(pictures[1], pairs[1])
+    assert list(row["loss_by_time"]) == ["0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1"]
+    assert row["seconds_waiting"] > 0
+    run = json.loads(Path(settings["output_dir"], "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__ and run["config"]["batch_size"] == 8
