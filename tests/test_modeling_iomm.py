@@ -9,6 +9,7 @@ from transformers import InternVLConfig
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, ResidualQueryAdapter
 from iomm_hf.modeling_iomm import draw_image_mask, hash_weight_files, load_mllm
 from iomm_hf.presets import PRESETS
+from iomm_hf.testing.reference import plain_full_pass
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +29,6 @@ def batch(processor, images):
 @pytest.fixture
 def image_mask(batch, processor, generators):
     return draw_image_mask(batch["input_ids"], processor.image_token_id, 0.5, generators(5))
-
-
-def plain_full_pass(encoder, batch, image_mask=None):
-    """The method as written, without cache or dropping: one pass over [c, q(c)] with masked tokens hidden."""
-    mask = batch["attention_mask"].bool()
-    embeddings, _, positions = encoder.embed(batch["input_ids"], mask, batch.get("pixel_values"))
-    visible = mask if image_mask is None else mask & ~image_mask
-    queries = encoder.adapter(embeddings, visible)
-    query_positions = mask.sum(-1, keepdim=True) + torch.arange(queries.shape[1])
-    hidden = encoder.mllm.model.language_model(
-        inputs_embeds=torch.cat([embeddings, queries], dim=1),
-        attention_mask=torch.cat([visible, torch.ones(queries.shape[:2], dtype=torch.bool)], dim=1).long(),
-        position_ids=torch.cat([positions, query_positions], dim=1),
-        use_cache=False,
-    ).last_hidden_state
-    rows = hidden[:, -queries.shape[1] :]
-    for layer in encoder.connector:
-        rows = layer(rows, None)
-    return rows
 
 
 def adapter_gradients(encoder, condition):
@@ -74,7 +56,7 @@ def test_prefix_pass_equals_full_pass(processor, batch, image_mask, text_model, 
         encoder.gradient_checkpointing_enable()
         assert encoder.gradient_checkpointing
 
-    expected = plain_full_pass(encoder, batch, image_mask)
+    expected = plain_full_pass(encoder, **batch, image_mask=image_mask)
     expected_gradients = adapter_gradients(encoder, expected)
     condition = encoder(**batch, image_mask=image_mask).condition
     gradients = adapter_gradients(encoder, condition)
@@ -93,7 +75,7 @@ def test_prefix_pass_equals_full_pass_under_bf16_autocast(make_encoder, processo
     batch = processor.encode([processor.text_to_image("a star"), processor.unconditional()])
     with torch.autocast("cpu", torch.bfloat16):
         condition = encoder(**batch).condition
-        expected = plain_full_pass(encoder, batch)
+        expected = plain_full_pass(encoder, **batch)
     assert (condition.float() - expected.float()).abs().max() < 0.1 * expected.float().std()
 
 
@@ -101,7 +83,7 @@ def test_dropping_equals_masking_and_changes_the_condition(make_encoder, batch, 
     encoder = make_encoder()
     with torch.no_grad():
         dropped = encoder(**batch, image_mask=image_mask).condition
-        assert (dropped - plain_full_pass(encoder, batch, image_mask)).abs().max() < 1e-4
+        assert (dropped - plain_full_pass(encoder, **batch, image_mask=image_mask)).abs().max() < 1e-4
         whole = encoder(**batch).condition
     with_images = [1, 2, 4]
     assert ((dropped - whole)[with_images].abs().amax((1, 2)) > 1e-3).all()

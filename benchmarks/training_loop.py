@@ -1,0 +1,121 @@
+"""The training loop against the bare computation: forward, backward and optimizer step of the same modules on a batch at hand.
+
+    python benchmarks/training_loop.py
+
+What the loop adds is reading and collating samples, clipping, averaging of the weights, guards, logs and Accelerate. Latents and vision tokens
+are cached. One round is a run of both; of the loop's own log the first row does not count.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from timing import record
+from trl import TrlParser
+
+from iomm_hf import IOMMPipeline
+from iomm_hf.data.collate import IOMMCollator
+from iomm_hf.data.shapes_writer import write_shards
+from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.presets import PRESETS
+from iomm_hf.tiny import tiny_pipeline
+from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class TrainingLoopConfig:
+    width: int = field(default=512, metadata={"help": "Width of the Flux; its heads are 64 wide."})
+    layers: int = field(default=2, metadata={"help": "Double blocks; twice as many single ones."})
+    batch_size: int = field(default=16, metadata={"help": "Samples a step."})
+    steps: int = field(default=10, metadata={"help": "Timed steps of a round."})
+    rounds: int = field(default=5, metadata={"help": "Rounds of both."})
+    output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of training_loop.json."})
+
+
+def bare_steps(config: TrainingLoopConfig, folder: Path) -> float:
+    """Seconds a step."""
+    pipe = IOMMPipeline.from_pretrained(folder / "start")
+    samples = iter(build_stream([SourceConfig(str(folder / "cached"))]))
+    batch = IOMMCollator(pipe.processor, 64)([next(samples) for _ in range(config.batch_size)])
+    module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, 0.5).train()
+    optimizer = torch.optim.AdamW(module.trainable_parameters(), lr=1e-4, fused=True)
+
+    def step():
+        module.sample_losses(batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    started = time.perf_counter()
+    for _ in range(config.steps):
+        step()
+    return (time.perf_counter() - started) / config.steps
+
+
+def loop_steps(config: TrainingLoopConfig, folder: Path, run: str) -> float:
+    """Seconds a step, from the second row of its log."""
+    train(
+        PretrainConfig(
+            output_dir=str(folder / run),
+            init_from=str(folder / "start"),
+            images=[str(folder / "cached")],
+            batch_size=config.batch_size,
+            max_steps=2 * config.steps,
+            log_every=config.steps,
+            num_workers=0,
+            validate_every=0,
+            mask_ratio=0.5,
+        )
+    )
+    row = json.loads((folder / run / "log.jsonl").read_text().splitlines()[1])
+    return config.batch_size / row["images_per_second"]
+
+
+def main(config: TrainingLoopConfig):
+    flux = {
+        "in_channels": 16,
+        "num_layers": config.layers,
+        "num_single_layers": 2 * config.layers,
+        "num_attention_heads": config.width // 64,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 128,
+        "pooled_projection_dim": 128,
+        "axes_dims_rope": (16, 24, 24),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tiny_pipeline(
+            replace(PRESETS["tiny"], transformer_class="FluxTransformer2DModel", transformer_config=flux)
+        ).save_pretrained(folder / "start")
+        write_shards(folder / "pictures", 16 * config.batch_size, captions=False, layout="parquet")
+        cache = ["--source", str(folder / "pictures"), "--init_from", str(folder / "start")]
+        subprocess.run(
+            [sys.executable, str(RECIPES / "precompute_latents.py"), *cache, "--output_dir", str(folder / "cached")],
+            check=True,
+        )
+        times = [(loop_steps(config, folder, f"run-{i}"), bare_steps(config, folder)) for i in range(config.rounds)]
+    ratios = [loop / bare for loop, bare in times]
+    record(
+        "training_loop",
+        {
+            "width": config.width,
+            "batch_size": config.batch_size,
+            "seconds a step, loop and bare": [round(statistics.median(side), 4) for side in zip(*times, strict=True)],
+            "time, loop / bare": round(statistics.median(ratios), 3),
+            "by round": [round(ratio, 3) for ratio in ratios],
+        },
+        config.output_dir,
+    )
+
+
+if __name__ == "__main__":
+    main(*TrlParser(TrainingLoopConfig, description=__doc__.splitlines()[0]).parse_args_and_config())

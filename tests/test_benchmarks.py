@@ -1,0 +1,40 @@
+"""Every benchmark runs, at a size that says nothing about speed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FLUX = ["--width", "128", "--layers", "1"]
+SIZES = {
+    "condition_path": ["--layers", "1", "--hidden_size", "256", "--image_tokens", "16", "--queries", "8"],
+    "data_path": ["--samples", "16", "--size", "64"],
+    "pipeline": [*FLUX, "--resolution", "64", "--steps", "2"],
+    "training_loop": [*FLUX, "--batch_size", "2", "--steps", "1"],
+}
+
+
+def test_each_has_a_size():
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"timing"} == set(SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_it_writes_its_results(name, tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        *SIZES[name],
+        "--rounds",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["device"] and any(" / " in key for key in results)
