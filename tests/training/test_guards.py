@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from iomm_hf.training import PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.guards import SpikeGuard, StopSignals
+from iomm_hf.training.guards import SpikeGuard, StopSignals, check_strategy
 
 
 MEASURED = ("images_per_second", "seconds_waiting")  # by the clock
@@ -120,3 +121,20 @@ def test_a_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP asks for FSDP, but Accelerate runs NO"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED, but Accelerate runs NO"),
+        ({"WORLD_SIZE": "2"}, "started 2 processes, but this one counts 1"),
+    ],
+)
+def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch, variables, message):
+    accelerator = Accelerator(cpu=True)
+    check_strategy(accelerator)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=message):
+        check_strategy(accelerator)

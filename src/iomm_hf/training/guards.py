@@ -1,4 +1,4 @@
-"""What stops a run, or does not: updates that are not finite, losses that leap, signals.
+"""What stops a run, or does not: another strategy than the one asked for, updates that are not finite, losses that leap, signals.
 
 Ranks decide alike. The gradient's norm and the logged loss are those of all ranks anyway, so the first two cost nothing;
 a signal may reach one rank alone, so they ask each other after every step.
@@ -18,12 +18,36 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
 
 logger = logging.getLogger(__name__)
 
 USUAL = 20  # rows of the log whose median loss is the usual one
+
+
+STRATEGIES = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+
+
+def check_strategy(accelerator: Accelerator):
+    r"""
+    Whether the run is distributed as the launcher asked: on CPU ranks Accelerate turns FSDP into DDP without a word.
+
+    Raises:
+        `RuntimeError`: another strategy, or another number of processes, is in force.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but this one counts {accelerator.num_processes}: each would train"
+            " alone. On CPUs set ACCELERATE_USE_CPU=true; on GPUs there must be one a process."
+        )
+    for variable, strategy in STRATEGIES.items():
+        if parse_flag_from_env(variable) and accelerator.distributed_type != strategy:
+            raise RuntimeError(
+                f"{variable} asks for {strategy.value}, but Accelerate runs {accelerator.distributed_type.value}:"
+                " that strategy needs GPUs. Use a launcher config without it (recipes/accelerate/)."
+            )
 
 
 class StopSignals:

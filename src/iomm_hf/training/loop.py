@@ -52,7 +52,7 @@ from .checkpoints import (
     write_json,
 )
 from .config import TrainingConfig, changed_settings
-from .guards import NonFiniteGuard, SpikeGuard, StopSignals, leave_interrupts_to_main
+from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_interrupts_to_main
 from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
@@ -74,6 +74,7 @@ def train(config: TrainingConfig) -> Path:
 
     Raises:
         `ValueError`: settings that do not fit, or that differ from those of the run to resume.
+        `RuntimeError`: the run is not distributed as the launcher asked.
         `FloatingPointError`: too many updates in a row were not finite, or the loss leapt.
         `OSError`: a checkpoint could not be written.
         `SystemExit`: SIGTERM or SIGINT asked it to stop; it has written a checkpoint and exits with 0.
@@ -86,6 +87,7 @@ def train(config: TrainingConfig) -> Path:
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tracker")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    check_strategy(accelerator)
     set_seed(config.seed)
     checkpoint = open_run(config, output_dir, accelerator)
 
