@@ -53,7 +53,14 @@ from .checkpoints import (
 from .config import TrainingConfig, changed_settings
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub
+from .setup import (
+    build_alignment,
+    build_pipeline,
+    check_caches,
+    frozen_on_hub,
+    frozen_references,
+    refuse_sharding,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -82,12 +89,16 @@ def train(config: TrainingConfig) -> Path:
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tracker")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    refuse_sharding(accelerator.distributed_type)
     set_seed(config.seed)
     checkpoint = open_run(config, output_dir, accelerator)
 
     # 1. Parts
     if checkpoint is None:
         pipeline = build_pipeline(config)
+        if accelerator.is_main_process:
+            start = {"iomm_hf": __version__, "config": config.to_dict(), "frozen": frozen_references(pipeline)}
+            write_json(output_dir / "run.json", start)
     else:
         pipeline = IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     resolution = config.resolution or pipeline.resolution
@@ -303,8 +314,6 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
     accelerator.wait_for_everyone()
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
-        if accelerator.is_main_process:
-            write_json(output_dir / "run.json", {"iomm_hf": __version__, "config": config.to_dict()})
         return None
     newest = checkpoints[-1]
     if not config.resume:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -24,6 +24,24 @@ from .config import TrainingConfig
 
 # Fields of `IOMMConfig` that a run may set; a pipeline to start from brings its own.
 CONDITION_SETTINGS = ("condition_tokens", "mask_mode", "num_queries", "adapter_type", "connector_layers")
+
+# Where frozen parts come from: fields of `IOMMConfig` and of `IOMMPipeline`.
+MLLM_REFERENCE = ("mllm_name_or_path", "mllm_revision", "mllm_hash")
+VAE_REFERENCE = ("vae_name_or_path", "vae_subfolder", "vae_revision", "vae_hash")
+
+
+def refuse_sharding(distributed_type: DistributedType):
+    r"""
+    Refuses at the start what would fail at the first checkpoint, hours later.
+
+    Raises:
+        `ValueError`: a launcher that divides the weights among ranks.
+    """
+    if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"Launched with {distributed_type.value}, but checkpoints of sharded weights cannot be written yet. Use"
+            " recipes/accelerate/ddp.yaml, or another launcher that leaves the model whole on every GPU."
+        )
 
 
 def resolved_revision(name_or_path: str, folder: Path, subfolder: str | None) -> str | None:
@@ -199,6 +217,12 @@ def build_alignment(
         tokens_per_side=resolution // pipeline.size_multiple,
         vision_tokens_per_side=vision_tokens_per_side(pipeline.processor.image_seq_length),
     )
+
+
+def frozen_references(pipeline: IOMMPipeline) -> dict[str, str | None]:
+    """Names, resolved revisions and hashes of the frozen parts, as the run's checkpoints hold them."""
+    mllm = {name: getattr(pipeline.text_encoder.config, name) for name in MLLM_REFERENCE}
+    return mllm | {name: pipeline.config[name] for name in VAE_REFERENCE}
 
 
 def frozen_on_hub(pipeline: IOMMPipeline) -> bool:
