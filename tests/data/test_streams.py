@@ -24,12 +24,12 @@ def png(number, size=(12, 10)):
     return buffer.getvalue()
 
 
-def write_tar(path, samples):
+def write_tar(path, samples, start=0, folder=""):
     """Samples are dicts from an extension to bytes."""
-    with tarfile.open(path, "w") as archive:
-        for index, sample in enumerate(samples):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for index, sample in enumerate(samples, start):
             for extension, data in sample.items():
-                info = tarfile.TarInfo(f"{index:05d}.{extension}")
+                info = tarfile.TarInfo(f"{folder}{index:05d}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
 
@@ -71,6 +71,11 @@ def damage(shard):
 
 def take(stream, count):
     return [facts(sample) for sample in islice(stream, count)]
+
+
+def state_after(stream, count):
+    take(stream, count)
+    return json.loads(json.dumps(stream.state_dict()))
 
 
 def facts(sample):
@@ -128,6 +133,32 @@ class TestReading:
         write_tar(tmp_path / "a.tar", samples)
         source = SourceConfig(str(tmp_path / "a.tar"), caption_column="json.prompt")
         assert Counter(s["caption"] for s in islice(SampleStream(source), 20))["b"] == 11
+
+    @pytest.mark.parametrize("ending", ["json", "jsonl"])
+    def test_texts_in_a_list_beside_compressed_tars(self, tmp_path, ending):
+        (tmp_path / "images").mkdir()
+        for shard in range(3):
+            samples = [{"jpg": png(n)} for n in range(shard * 5, shard * 5 + 5)]
+            write_tar(tmp_path / f"images/{shard}.tar.gz", samples, start=shard * 5, folder="images/")
+        records = [{"prompt": str(n), "output": f"/set/images/{n:05d}.png"} for n in reversed(range(15))]
+        lines = [json.dumps(record) for record in records]
+        text = "\n".join(lines) if ending == "jsonl" else f"[{','.join(lines)}]"
+        (tmp_path / f"texts.{ending}").write_text(text)
+        source = SourceConfig(
+            f"{tmp_path}/images/*.tar.gz",
+            caption_file=f"{tmp_path}/texts.{ending}",
+            file_column="output",
+            caption_column="prompt",
+        )
+        epoch = list(islice(SampleStream(source, block_size=4), 15))
+        assert {sample["caption"] for sample in epoch} == {str(n) for n in range(15)}
+        assert all(sample["image"].getpixel((0, 0))[0] == int(sample["caption"]) for sample in epoch)
+        second = SampleStream(source, block_size=4)
+        second.load_state_dict(state_after(SampleStream(source, block_size=4), 7))
+        assert take(second, 8) == [facts(sample) for sample in epoch[7:]]
+        # Another text is another data set: an exact resume must not go on with it.
+        (tmp_path / f"texts.{ending}").write_text(text.replace('"14"', '"fourteen"'))
+        assert SampleStream(source, block_size=4).fingerprint != second.fingerprint
 
     @pytest.mark.parametrize("feature", [pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})])
     def test_parquet_with_plain_bytes(self, tmp_path, feature):
@@ -406,6 +437,21 @@ class TestRefusedSources:
         make_source(tmp_path / "a", "tar")
         self.refuse(r"exclude 'geneval\*' matches none", tmp_path / "a", exclude=["geneval*"])
         self.refuse("leaves no file", tmp_path / "a", exclude=["*"])
+
+    def test_lists_of_texts_that_do_not_fit(self, tmp_path):
+        make_source(tmp_path / "a", "tar")
+        make_source(tmp_path / "b", "parquet")
+        texts = tmp_path / "texts.json"
+        self.refuse("needs a caption_column", tmp_path / "a", caption_file=str(texts))
+        options = {"caption_file": str(texts), "caption_column": "text"}
+        self.refuse("goes with tars", tmp_path / "b", **options)
+        self.refuse("cannot open caption_file", tmp_path / "a", **options)
+        texts.write_text('[{"file_name": "00000.png"}]')
+        self.refuse("fields 'file_name' and 'text', .* KeyError: 'text'", tmp_path / "a", **options)
+        texts.write_text('[{"file_name": "x/1.png", "text": "a"}, {"file_name": "y/1.png", "text": "b"}]')
+        self.refuse("names 1 of its pictures twice", tmp_path / "a", **options)
+        texts.write_text("{")
+        self.refuse("as a list .*JSONDecodeError", tmp_path / "a", **options)
 
     def test_several_metadata_files(self, tmp_path):
         make_source(tmp_path / "a", "images")

@@ -60,7 +60,8 @@ def test_yaml_files_fit_their_recipe(path, recipe, tmp_path):
         flags += ["--images", "pictures", "--mix_ratio", "1"]
     for parsed in TrlParser(settings_of(path, recipe)).parse_args_and_config(["--config", str(path), *flags]):
         if isinstance(parsed, TrainingConfig):
-            assert parsed.preset == "tiny"
+            size = path.stem.split("-")[0]
+            assert parsed.preset == (size if size in ("base", "large", "xl") else "tiny")
 
 
 def test_flags_override_yaml_and_unknown_fields_are_refused(tmp_path):

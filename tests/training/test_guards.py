@@ -4,10 +4,11 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
 from iomm_hf.training import PretrainConfig, loop, train
@@ -138,3 +139,9 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch, variabl
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=message):
         check_strategy(accelerator)
+
+
+@pytest.mark.parametrize("strategy", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_runs_are_refused_at_the_start(strategy):
+    with pytest.raises(RuntimeError, match=f"Launched with {strategy.value}, but checkpoints"):
+        check_strategy(SimpleNamespace(num_processes=1, distributed_type=strategy))  # no CPU run has one

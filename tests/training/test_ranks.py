@@ -19,7 +19,9 @@ from iomm_hf.training import PretrainConfig, train
 from iomm_hf.training.checkpoints import list_checkpoints
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_image_only.py"
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE = RECIPES / "pretrain_image_only.py"
+LAUNCHER = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate/cpu.yaml"))
 
 
 def kill(process: subprocess.Popen):
@@ -39,8 +41,7 @@ def launch(tmp_path):
     def start(settings: dict, ranks: int) -> subprocess.Popen:
         config = tmp_path / f"{len(started)}.yaml"
         config.write_text(yaml.safe_dump(settings))
-        # `accelerate launch --cpu --num_processes 2` starts one process; torchrun starts what it is told.
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable] if ranks == 1 else [sys.executable, *LAUNCHER, "--num_processes", str(ranks)]
         with config.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(
                 [*command, str(RECIPE), "--config", str(config)],

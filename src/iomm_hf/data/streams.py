@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from torch.utils.data import IterableDataset, get_worker_info
@@ -33,7 +34,7 @@ from .images import MAX_PIXELS, MIN_SIDE, BadImage, load_image
 
 logger = logging.getLogger(__name__)
 
-READERS = {".tar": "webdataset", ".parquet": "parquet"}
+READERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".parquet": "parquet"}
 READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "imagefolder")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
@@ -49,9 +50,10 @@ class SourceConfig:
     Args:
         path (`str`):
             A local folder of tars, parquet files or image files, all of which are read; a path or glob that ends in
-            `.tar` or `.parquet` and may start with `hf://datasets/`; or the id of a data set on the Hub. For an id,
-            `datasets` sorts files into splits by their names and can leave some out: BLIP3o-60k, where one name says
-            "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`.
+            `.tar`, `.tar.gz` or `.parquet` and may start with `hf://datasets/`; or the id of a data set on the Hub. For
+            an id, `datasets` sorts files into splits by their names and can leave some out: BLIP3o-60k, where one name
+            says "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`. A glob is
+            pinned by a revision behind the id: `hf://datasets/BLIP3o/BLIP3o-60k@<commit>/*.tar`.
         config (`str`, *optional*):
             Name of the configuration, for a Hub id.
         split (`str`, *optional*, defaults to `"train"`):
@@ -63,6 +65,12 @@ class SourceConfig:
             or webp.
         caption_column (`str`, *optional*):
             Column of the text, or a key inside a column (`json.prompt`). `None` reads no captions.
+        caption_file (`str`, *optional*):
+            For tars of pictures whose texts lie in one list beside them: that `.json` or `.jsonl` file, local or
+            `hf://datasets/...`. `caption_column` then names the text in its records. Text and picture are joined by file
+            name, without folder and ending.
+        file_column (`str`, *optional*, defaults to `"file_name"`):
+            The picture's path in the records of `caption_file`.
         weight (`float`, *optional*, defaults to 1.0):
             Share among the sources of its group.
         exclude (`list[str]`, *optional*):
@@ -81,7 +89,9 @@ class SourceConfig:
     ```
     """
 
-    path: str = field(metadata={"help": "Folder, glob of .tar or .parquet files, or id of a data set on the Hub."})
+    path: str = field(
+        metadata={"help": "Folder, glob of .tar, .tar.gz or .parquet files, or id of a data set on the Hub."}
+    )
     config: str | None = field(default=None, metadata={"help": "Name of the configuration, for a Hub id."})
     split: str = field(default="train", metadata={"help": "Split to read, for a Hub id."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, for a Hub id."})
@@ -89,6 +99,10 @@ class SourceConfig:
     caption_column: str | None = field(
         default=None, metadata={"help": "Column of the text, or a key inside one (json.prompt); none: no captions."}
     )
+    caption_file: str | None = field(
+        default=None, metadata={"help": "List of the texts beside tars of pictures, .json or .jsonl."}
+    )
+    file_column: str = field(default="file_name", metadata={"help": "The picture's path in a record of caption_file."})
     weight: float = field(default=1.0, metadata={"help": "Share among the sources of its group."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Glob patterns of file names to leave out."})
     min_side: int = field(default=MIN_SIDE, metadata={"help": "Shorter edge below which a picture is skipped, px."})
@@ -99,6 +113,8 @@ class SourceConfig:
             raise ValueError("path is empty: expected a folder, a glob or the id of a data set on the Hub")
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude must be a list of glob patterns, got the string {self.exclude!r}")
+        if self.caption_file is not None and self.caption_column is None:
+            raise ValueError(f"caption_file {self.caption_file!r} needs a caption_column: the text in its records")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"weight of {self.path!r} must be a positive number, got {self.weight}")
         if self.min_side < 1:
@@ -186,7 +202,12 @@ class SampleStream(IterableDataset):
         present = dataset.column_names or []
         columns = [source.image_column or _find_image_column(source, dataset)]
         self.caption_key = ""
-        if source.caption_column is not None:
+        self.captions: dict[str, str] | None = None
+        if source.caption_file is not None:
+            if "__key__" not in present:
+                raise ValueError(f"caption_file goes with tars, which {source.path!r} is none of")
+            self.captions = _read_captions(source)
+        elif source.caption_column is not None:
             column = source.caption_column
             if column not in present:  # asked first, because a column's own name may hold a dot
                 column, _, self.caption_key = column.partition(".")
@@ -212,6 +233,8 @@ class SampleStream(IterableDataset):
         # A local folder may move as long as `path` reads the same; the address of a Hub file holds its commit.
         names = [file if "://" in file else Path(file).name for file in self.files]
         identity = [source.path, names, columns, self.caption_key, source.min_side, source.max_pixels]
+        if self.captions is not None:
+            identity.append(self.captions)
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         self._state: dict[str, Any] | None = None
         self._skipped: Counter[str] = Counter()  # since the last sample
@@ -283,6 +306,8 @@ class SampleStream(IterableDataset):
                 for index, row in enumerate(rows.iter(batch_size=1), start):
                     if take_whole_shards or (shard + index) % num_consumers == consumer:
                         values = [row[column][0] for column in self.columns]
+                        if self.captions is not None:
+                            values.append(self.captions.get(_stem(row["__key__"][0])))
                         origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
                         key = f"{self.fingerprint}/{shard}/{index}"
                         cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
@@ -487,11 +512,11 @@ def _open(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
     reader = None  # for a Hub id `datasets` finds the reader by itself
     if path.is_dir():
         reader, pattern = _detect_reader(path), f"{glob.escape(str(path))}/**"
-    elif path.suffix in (".tar", ".parquet"):
-        reader, pattern = READERS[path.suffix], source.path
+    elif source.path.endswith((".tar", ".tar.gz", ".parquet")):
+        reader, pattern = READERS[_ending(path)], source.path
     elif path.exists() or not HUB_ID.fullmatch(source.path):
         raise ValueError(
-            f"cannot open {source.path!r}: expected a folder that exists, a path or glob that ends in .tar or "
+            f"cannot open {source.path!r}: expected a folder that exists, a path or glob that ends in .tar, .tar.gz or "
             ".parquet, or the id of a data set on the Hub"
         )
     if reader and (source.config, source.split, source.revision) != (None, "train", None):
@@ -532,7 +557,36 @@ def _is_read_by(reader: str, file: str | Path) -> bool:
     file = Path(file)
     if file.name in METADATA_FILES:
         return reader == "imagefolder"
-    return READERS.get(file.suffix.lower()) == reader
+    return READERS.get(_ending(file)) == reader
+
+
+def _ending(file: Path) -> str:
+    """Its key in `READERS`, if it has one; names may hold other dots."""
+    return "".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else file.suffixes[-1:]).lower()
+
+
+def _stem(path: str) -> str:
+    """A file's name up to its first dot: what the files of a sample share in a tar."""
+    return Path(path).name.partition(".")[0]
+
+
+def _read_captions(source: SourceConfig) -> dict[str, str]:
+    """The texts of a `caption_file` by the name of their picture, without its folder and ending."""
+    file = str(source.caption_file)
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8") as lines:
+            records = json.load(lines) if file.endswith(".json") else [json.loads(line) for line in lines]
+        captions = {_stem(record[source.file_column]): record[source.caption_column] for record in records}
+    except OSError as error:
+        raise ValueError(f"cannot open caption_file {file!r}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"caption_file {file!r} must hold records with the fields {source.file_column!r} and "
+            f"{source.caption_column!r}, as a list (.json) or one a line (.jsonl): {type(error).__name__}: {error}"
+        ) from error
+    if len(captions) < len(records):
+        raise ValueError(f"caption_file {file!r} names {len(records) - len(captions)} of its pictures twice")
+    return captions
 
 
 def _detect_reader(folder: Path) -> str:
@@ -540,8 +594,8 @@ def _detect_reader(folder: Path) -> str:
     counts: Counter[str] = Counter()
     for file in folder.rglob("*"):
         hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-        if not hidden and file.name not in METADATA_FILES and file.suffix.lower() in READERS:
-            counts[READERS[file.suffix.lower()]] += 1
+        if not hidden and file.name not in METADATA_FILES and _ending(file) in READERS:
+            counts[READERS[_ending(file)]] += 1
     if len(counts) != 1:
         raise ValueError(
             f"expected files of one kind in {str(folder)!r}, either .tar or .parquet or pictures "
@@ -553,9 +607,10 @@ def _detect_reader(folder: Path) -> str:
 def _check_end_of_tar(file: str) -> None:
     """Raise for a cut inside of a header, which `tarfile` takes for the end without a word."""
     with open(file, "rb") as archive:
-        is_plain = archive.read(262).endswith(b"ustar")
+        if not archive.read(262).endswith(b"ustar"):
+            return  # compressed, or of another dialect
         archive.seek(-1024, os.SEEK_END)
-        if is_plain and any(archive.read()):
+        if any(archive.read()):
             raise tarfile.ReadError("cut short, the 1024 zero bytes at the end of a tar are missing")
 
 

@@ -34,7 +34,8 @@ def check_strategy(accelerator: Accelerator):
     Whether the run is distributed as the launcher asked: on CPU ranks Accelerate turns FSDP into DDP without a word.
 
     Raises:
-        `RuntimeError`: another strategy, or another number of processes, is in force.
+        `RuntimeError`: another strategy, or another number of processes, is in force; or one that divides the weights among
+            ranks, whose checkpoints cannot be written yet: that would show hours later.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -46,8 +47,13 @@ def check_strategy(accelerator: Accelerator):
         if parse_flag_from_env(variable) and accelerator.distributed_type != strategy:
             raise RuntimeError(
                 f"{variable} asks for {strategy.value}, but Accelerate runs {accelerator.distributed_type.value}:"
-                " that strategy needs GPUs. Use a launcher config without it (recipes/accelerate/)."
+                " that strategy needs GPUs. Use recipes/accelerate/ddp.yaml or cpu.yaml."
             )
+    if accelerator.distributed_type in STRATEGIES.values():
+        raise RuntimeError(
+            f"Launched with {accelerator.distributed_type.value}, but checkpoints of sharded weights cannot be written yet."
+            " Use recipes/accelerate/ddp.yaml, which leaves the model whole on every GPU."
+        )
 
 
 class StopSignals:

@@ -56,7 +56,14 @@ from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, lea
 from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, software
+from .setup import (
+    build_alignment,
+    build_pipeline,
+    check_caches,
+    frozen_on_hub,
+    frozen_references,
+    software,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -94,6 +101,9 @@ def train(config: TrainingConfig) -> Path:
     # 1. Parts
     if checkpoint is None:
         pipeline = build_pipeline(config)
+        if accelerator.is_main_process:
+            start = {**software(), "config": config.to_dict(), "frozen": frozen_references(pipeline)}
+            write_json(output_dir / "run.json", start)
     else:
         pipeline = IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     resolution = config.resolution or pipeline.resolution
@@ -343,8 +353,6 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
     accelerator.wait_for_everyone()
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
-        if accelerator.is_main_process:
-            write_json(output_dir / "run.json", {**software(), "config": config.to_dict()})
         return None
     newest = checkpoints[-1]
     if not config.resume:

@@ -58,6 +58,8 @@ class IOMMTrainingModule(nn.Module):
         self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
         self.alignment = alignment
         self.alignment_weight = alignment_weight
+        # Accelerate's FSDP reads it from what it wraps: each of these blocks is gathered by itself.
+        self._no_split_modules = transformer._no_split_modules
 
     def train(self, mode: bool = True) -> "IOMMTrainingModule":
         super().train(mode)

@@ -29,6 +29,10 @@ from .config import TrainingConfig
 # Fields of `IOMMConfig` that a run may set; a pipeline to start from brings its own.
 CONDITION_SETTINGS = ("condition_tokens", "mask_mode", "num_queries", "adapter_type", "connector_layers")
 
+# Where frozen parts come from: fields of `IOMMConfig` and of `IOMMPipeline`.
+MLLM_REFERENCE = ("mllm_name_or_path", "mllm_revision", "mllm_hash")
+VAE_REFERENCE = ("vae_name_or_path", "vae_subfolder", "vae_revision", "vae_hash")
+
 
 def resolved_revision(name_or_path: str, folder: Path, subfolder: str | None) -> str | None:
     """The commit behind a downloaded folder (the Hub's cache names snapshots by it); `None` for a local one."""
@@ -213,6 +217,12 @@ def software() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "commit": commit.stdout.strip() if commit is not None and commit.returncode == 0 else None,
     }
+
+
+def frozen_references(pipeline: IOMMPipeline) -> dict[str, str | None]:
+    """Names, resolved revisions and hashes of the frozen parts, as the run's checkpoints hold them."""
+    mllm = {name: getattr(pipeline.text_encoder.config, name) for name in MLLM_REFERENCE}
+    return mllm | {name: pipeline.config[name] for name in VAE_REFERENCE}
 
 
 def frozen_on_hub(pipeline: IOMMPipeline) -> bool:
