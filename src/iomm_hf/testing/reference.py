@@ -20,6 +20,9 @@ def plain_full_pass(
     Returns:
         `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`: the condition.
 
+    Raises:
+        `ValueError`: an encoder without queries.
+
     Example:
 
     ```python
@@ -32,6 +35,8 @@ def plain_full_pass(
     True
     ```
     """
+    if encoder.adapter is None:
+        raise ValueError("An encoder with num_queries=0 has no queries to pass.")
     mask = attention_mask.bool()
     embeddings, _, positions = encoder.embed(input_ids, mask, pixel_values, image_features=image_features)
     visible = mask if image_mask is None else mask & ~image_mask
