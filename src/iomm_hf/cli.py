@@ -1,0 +1,105 @@
+"""The command line `iomm-hf`: one function a subcommand. Heavy imports wait inside, so that help comes at once."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(help="IOMM for Hugging Face.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main():
+    """IOMM: train the drawing half of a unified multimodal model on unlabelled images."""
+
+
+@app.command()
+def estimate(
+    preset: Annotated[str, typer.Option(help="tiny, base, large or xl.")] = "base",
+    resolution: Annotated[int | None, typer.Option(help="Side of the pictures, px. Default: the preset's.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Share of image tokens hidden. Default: preset's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a GPU and forward pass.")] = 16,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,
+    sharding: Annotated[str, typer.Option(help="ddp, or fsdp: trained state shared out.")] = "ddp",
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "bf16",
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    ema: Annotated[bool, typer.Option(help="Hold averaged weights.")] = True,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    cached_latents: Annotated[bool, typer.Option(help="Latents were computed before.")] = False,
+    cached_vision_tokens: Annotated[bool, typer.Option(help="Image tokens were computed before.")] = False,
+    images: Annotated[
+        int, typer.Option(help="Samples of the run: 10 epochs of 11M, as the paper seems to.")
+    ] = 110_000_000,
+    peak_tflops: Annotated[float, typer.Option(help="Peak of one GPU, TFLOP/s (989: H100, bf16 dense).")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached; an assumption.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+):
+    """What training a preset costs: weights, FLOPs, memory, images/s and GPU hours."""
+    logging.disable(logging.WARNING)
+    from .cost import estimate_training
+
+    try:
+        cost = estimate_training(
+            preset,
+            resolution,
+            mask_ratio,
+            batch_size=batch_size,
+            gpus=gpus,
+            sharding=sharding,  # type: ignore[arg-type]  # checked there
+            mixed_precision=mixed_precision,  # type: ignore[arg-type]
+            optimizer=optimizer,  # type: ignore[arg-type]
+            ema=ema,
+            gradient_checkpointing=gradient_checkpointing,
+            cached_latents=cached_latents,
+            cached_vision_tokens=cached_vision_tokens,
+            images=images,
+            peak_tflops=peak_tflops,
+            utilisation=utilisation,
+        )
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    finally:
+        logging.disable(logging.NOTSET)
+    if as_json:
+        typer.echo(json.dumps(asdict(cost), indent=2))
+        return
+
+    def table(title: str, rows: dict[str, int], unit: float, name: str):
+        typer.echo(f"{title} ({name})")
+        for part, value in rows.items():
+            typer.echo(f"  {part:<18}{value / unit:>12,.3f}")
+        typer.echo(f"  {'total':<18}{sum(rows.values()) / unit:>12,.3f}")
+
+    table("Weights", cost.weights, 1e9, "billions")
+    table("FLOPs per sample, forward and backward", cost.flops, 1e12, "TFLOP")
+    table(f"Memory per GPU at batch {cost.batch_size}", cost.memory, 1e9, "GB")
+    each = {kind: size / 1e9 for kind, size in cost.activations_per_sample.items()}
+    typer.echo(f"Activations per sample: {each['plain']:.3f} GB, checkpointed {each['checkpointed']:.3f} GB")
+    for size, batches in cost.largest_batch.items():
+        typer.echo(f"Largest batch on {size} GB: {batches['plain']}, checkpointed {batches['checkpointed']}")
+    typer.echo(
+        f"At {utilisation:.0%} of {peak_tflops:g} TFLOP/s, {gpus} GPU(s): {cost.images_per_second:,.1f} images/s;"
+        f" {images:,} images take {cost.gpu_hours:,.0f} GPU hours"
+    )
+    typer.echo("Counted, not measured on a GPU; under autocast norms keep more than is counted here.")
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, with its log.jsonl.")],
+    output: Annotated[Path | None, typer.Option(help="Picture to write. Default: curves.png in that folder.")] = None,
+):
+    """Draw a run's curves: losses by time and source, gradient norm, learning rate, speed."""
+    from .evaluation.figures import plot_run
+
+    if not (run / "log.jsonl").is_file():
+        typer.echo(f"Error: {run} holds no log.jsonl; give the output_dir of a run.", err=True)
+        raise typer.Exit(2)
+    output = output or run / "curves.png"
+    plot_run(run, output)
+    typer.echo(f"Wrote {output}")

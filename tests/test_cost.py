@@ -1,0 +1,121 @@
+"""Counts against closed forms, and the memory model against training steps that were measured."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from iomm_hf.cost import MetaModel, count_flops, estimate_training
+from iomm_hf.data.collate import sample_seed
+from iomm_hf.presets import get_preset
+from iomm_hf.tiny import tiny_pipeline
+from iomm_hf.training import IOMMTrainingModule
+
+
+PREFIX = 20
+
+
+def test_adapter_flops_are_the_closed_form():
+    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    width, queries = 128, 16
+    expected = 2 * width * width * (2 * queries + 2 * PREFIX) + 4 * queries * PREFIX * width  # q, out, k, v; attention
+    expected += 2 * queries * 8 * width * width
+    assert count_flops(model.adapt) == expected
+
+
+def test_prefix_flops_are_the_closed_form():
+    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    width, key_width, hidden, layers = 128, 64, 384, 4
+    weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
+    attention = 4 * PREFIX * PREFIX * width
+    rotary = 2 * PREFIX * 16  # frequencies times positions, a matrix product
+    assert count_flops(lambda: model.prefix()[0].last_hidden_state) == pytest.approx(
+        layers * (2 * PREFIX * weights + attention), abs=2 * rotary
+    )
+
+
+def test_flux_flops_are_the_closed_form(flux):
+    model = MetaModel(flux, 64, PREFIX, torch.float32)
+    width, image, text, channels = 128, 64, 16, 16
+    tokens = image + text
+    double = (
+        2 * tokens * 12 * width**2 + 2 * 2 * 6 * width**2
+    )  # four projections, MLP of 4; modulation of both streams
+    single = 2 * tokens * 12 * width**2 + 2 * 3 * width**2
+    attention = 4 * tokens**2 * width
+    outside = 2 * image * 2 * channels * width + 2 * text * width**2 + 2 * 2 * width**2
+    embeddings = 2 * (256 * width + width**2) + 2 * 2 * width**2  # time and pooled condition
+    expected = double + 2 * single + 3 * attention + outside + embeddings
+    forward = count_flops(lambda: model.generate().detach())
+    assert forward == pytest.approx(expected, rel=0.01)
+    assert count_flops(model.generate, backward=True) == pytest.approx(3 * forward, rel=0.03)
+
+
+def measured_peak(preset, batch_size: int) -> int:
+    """Peak of live bytes over building everything and two steps, gradients held as DDP's buckets hold them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        pipe = tiny_pipeline(preset)
+        module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, mask_ratio=0.5).train()
+        parameters = module.trainable_parameters()
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        ema = EMAModel(parameters, decay=0.9)
+        side = preset.resolution
+        inputs = pipe.processor.encode([pipe.processor.unconditional()] * batch_size)
+        batch = {
+            **inputs,
+            "pixels": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8),
+            "seed": torch.tensor([sample_seed(0, str(i), 0) for i in range(batch_size)]),
+        }
+        for _ in range(2):
+            module(batch)[0]["loss"].backward()
+            optimizer.step()
+            ema.step(parameters)
+            optimizer.zero_grad(set_to_none=False)
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch_size", "dominant"), [(4, 64, "activations"), (16, 1, "weights")], ids=["activations", "weights"]
+)
+def test_memory_is_what_training_takes(flux, heads, batch_size, dominant):
+    config = flux.transformer_config | {"num_attention_heads": heads}
+    preset = replace(flux, transformer_config=config)
+    inputs = tiny_pipeline(preset).processor
+    wording = inputs.encode([inputs.unconditional()])["input_ids"].shape[1]
+    cost = estimate_training(
+        preset, wording_tokens=wording, mask_ratio=0.99, batch_size=batch_size, mixed_precision="no"
+    )
+    total = sum(cost.memory.values())
+    assert (cost.memory["activations"] > total / 2) == (dominant == "activations")
+    assert total == pytest.approx(measured_peak(preset, batch_size), rel=0.15)
+
+
+def test_options_change_what_they_should(flux):
+    plain = estimate_training(flux, gpus=1)
+    shared = estimate_training(
+        flux, gpus=4, sharding="fsdp", optimizer="muon", ema=False, cached_latents=True, gradient_checkpointing=True
+    )
+    assert shared.memory["gradients"] == plain.memory["gradients"] // 4 and shared.memory["EMA"] == 0
+    assert shared.memory["optimizer"] < plain.memory["optimizer"] / 4
+    assert shared.flops["autoencoder"] == 0 < plain.flops["autoencoder"]
+    assert shared.flops["generator"] > 1.2 * plain.flops["generator"]
+    assert shared.memory["activations"] < plain.memory["activations"] / 2
+
+
+def test_the_papers_run_costs_about_what_the_paper_says():
+    """1000 GPU hours for what is inferred to be 110M images; the utilisation is an assumption, hence the tolerance."""
+    cost = estimate_training("base")
+    assert cost.gpu_hours == pytest.approx(1000, rel=0.3)
+    assert cost.images_per_second == pytest.approx(31, rel=0.3)
+
+
+@pytest.mark.parametrize("wrong", [{"mask_ratio": 1.0}, {"utilisation": 0}, {"gpus": 0}, {"sharding": "zero"}])
+def test_wrong_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        estimate_training("tiny", **wrong)
