@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FLUX = ["--width", "128", "--layers", "1"]
 SIZES = {
     "condition_path": ["--layers", "1", "--hidden_size", "256", "--image_tokens", "16", "--queries", "8"],
+    "growth": ["--width", "64", "--batch_sizes", "1", "2", "--queries", "8", "16", "--resolutions", "32", "64"],
     "data_path": ["--samples", "16", "--size", "64"],
     "pipeline": [*FLUX, "--resolution", "64", "--steps", "2"],
     "training_loop": [*FLUX, "--batch_size", "2", "--steps", "1"],
