@@ -182,8 +182,8 @@ def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, froz
 
 def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path):
     write_shards(tmp_path / "more", 16, seed=1, captions=False, samples_per_shard=8)
-    hub.commit_files("user/tars", folder_files(tmp_path / "more"), repo_type="dataset")
-    code = TRAIN.replace("hf://datasets/user/more/*.parquet", "user/tars").replace('"user/pictures", ', "")
+    hub.commit_files("user/cut", folder_files(tmp_path / "more"), repo_type="dataset")
+    code = TRAIN.replace("hf://datasets/user/more/*.parquet", "user/cut").replace('"user/pictures", ', "")
     run, unbroken = tmp_path / "cut", tmp_path / "undisturbed"
     client(hub.environment(tmp_path / "one"), code, f"{unbroken}@3")
     before = len(hub.requests)
