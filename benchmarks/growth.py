@@ -9,16 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from models import flux_preset
 from timing import compare, record
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.collate import sample_seed
-from iomm_hf.presets import PRESETS, Preset
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule
 
@@ -33,27 +33,9 @@ class GrowthConfig:
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of growth.json."})
 
 
-def flux(config: GrowthConfig, queries: int = 16, width: int | None = None) -> Preset:
-    return replace(
-        PRESETS["tiny"],
-        transformer_class="FluxTransformer2DModel",
-        transformer_config={
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 4,
-            "num_attention_heads": (width or config.width) // 32,
-            "attention_head_dim": 32,
-            "joint_attention_dim": 128,
-            "pooled_projection_dim": 128,
-            "axes_dims_rope": (8, 12, 12),
-        },
-        condition_config={"num_queries": queries, "adapter_head_dim": 32},
-    )
-
-
 def make_step(config: GrowthConfig, batch_size: int = 4, queries: int = 16, resolution: int = 64):
     """Forward and backward of one batch of unconditional samples on random latents."""
-    pipe = tiny_pipeline(flux(config, queries))
+    pipe = tiny_pipeline(flux_preset(config.width, 2, queries, head_dim=32))
     module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, 0.5).train()
     shape = (batch_size, 4, resolution // 4, resolution // 4)
     batch = {
@@ -65,9 +47,9 @@ def make_step(config: GrowthConfig, batch_size: int = 4, queries: int = 16, reso
     return lambda: module.sample_losses(batch).mean().backward()
 
 
-def save_and_load(config: GrowthConfig, width: int) -> dict[str, float]:
+def save_and_load(width: int) -> dict[str, float]:
     """Seconds and megabytes of a whole pipeline."""
-    pipe = tiny_pipeline(flux(config, width=width))
+    pipe = tiny_pipeline(flux_preset(width, 2, head_dim=32))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         pipe.save_pretrained(folder)
@@ -87,7 +69,7 @@ def main(config: GrowthConfig):
             label = f"step, {name} {value} / {values[0]}"
             results[label] = compare(make_step(config, **{name: value}), smallest, config.rounds, label)
     for width in (config.width, 2 * config.width, 4 * config.width):
-        results[f"checkpoint, {width} wide"] = save_and_load(config, width)
+        results[f"checkpoint, {width} wide"] = save_and_load(width)
     bare, ours = (
         [sys.executable, "-c", f"import {modules}"]
         for modules in ("torch, diffusers, transformers", "torch, diffusers, transformers, iomm_hf")

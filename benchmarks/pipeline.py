@@ -5,14 +5,14 @@
 Both draw the same picture (checked first). Conditions are given, because FluxPipeline has other text encoders; no guidance.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from models import flux_preset
 from timing import compare, record
 from trl import TrlParser
 
-from iomm_hf.presets import PRESETS
 from iomm_hf.tiny import tiny_pipeline
 
 
@@ -27,21 +27,7 @@ class PipelineConfig:
 
 
 def main(config: PipelineConfig):
-    preset = replace(
-        PRESETS["tiny"],
-        transformer_class="FluxTransformer2DModel",
-        transformer_config={
-            "in_channels": 16,
-            "num_layers": config.layers,
-            "num_single_layers": 2 * config.layers,
-            "num_attention_heads": config.width // 64,
-            "attention_head_dim": 64,
-            "joint_attention_dim": 128,
-            "pooled_projection_dim": 128,
-            "axes_dims_rope": (16, 24, 24),
-        },
-    )
-    ours = tiny_pipeline(preset)
+    ours = tiny_pipeline(flux_preset(config.width, config.layers))
     theirs = FluxPipeline(
         # Ours hands the scheduler its sigmas shifted; theirs computes a shift from the number of tokens, here 1.
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=ours.scheduler.config.shift),

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from models import flux_preset
 from timing import record
 from trl import TrlParser
 
@@ -23,7 +24,6 @@ from iomm_hf import IOMMPipeline
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.streams import SourceConfig, build_stream
-from iomm_hf.presets import PRESETS
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
 
@@ -81,21 +81,9 @@ def loop_steps(config: TrainingLoopConfig, folder: Path, run: str) -> float:
 
 
 def main(config: TrainingLoopConfig):
-    flux = {
-        "in_channels": 16,
-        "num_layers": config.layers,
-        "num_single_layers": 2 * config.layers,
-        "num_attention_heads": config.width // 64,
-        "attention_head_dim": 64,
-        "joint_attention_dim": 128,
-        "pooled_projection_dim": 128,
-        "axes_dims_rope": (16, 24, 24),
-    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tiny_pipeline(
-            replace(PRESETS["tiny"], transformer_class="FluxTransformer2DModel", transformer_config=flux)
-        ).save_pretrained(folder / "start")
+        tiny_pipeline(flux_preset(config.width, config.layers)).save_pretrained(folder / "start")
         write_shards(folder / "pictures", 16 * config.batch_size, captions=False, layout="parquet")
         cache = ["--source", str(folder / "pictures"), "--init_from", str(folder / "start")]
         subprocess.run(

@@ -238,7 +238,7 @@ def train(
 ) -> Path:
     """One run; returns its finished pipeline. Raises `filelock.Timeout` while another process is at it."""
     final = Path(config.output_dir, name, "final")
-    with FileLock(final.parent.with_suffix(".lock"), timeout=0):
+    with FileLock(f"{final.parent}.lock", timeout=0):
         if final.exists():
             return final
         settings = settings | {"output_dir": str(final.parent), "seed": seed, "images": [], "pairs": []}

@@ -3,6 +3,7 @@ import torch
 from transformers import InternVLConfig
 
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, get_preset
+from iomm_hf.cost import INTERNVL3_2B
 from iomm_hf.presets import PRESETS, build_transformer
 from iomm_hf.tiny import tiny_pipeline
 
@@ -34,19 +35,7 @@ def test_unknown_preset_is_refused_with_the_known_ones():
 
 def test_an_encoder_on_internvl3_2b_has_the_papers_parts():
     """The sizes of OpenGVLab/InternVL3-2B-hf (ViT 0.30B, LM 1.54B, D = 1536), counted without memory."""
-    mllm_config = InternVLConfig(
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 1536,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "intermediate_size": 8960,
-            "vocab_size": 151674,
-            "tie_word_embeddings": True,
-        },
-        vision_config={"attention_bias": True},
-    )
+    mllm_config = InternVLConfig(**INTERNVL3_2B)
     with torch.device("meta"):
         encoder = IOMMConditionEncoder(IOMMConfig(mllm_config=mllm_config))
 

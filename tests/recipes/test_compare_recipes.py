@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from iomm_hf.data.shapes import TASKS
 from iomm_hf.evaluation.edits import KINDS
@@ -130,6 +130,19 @@ def test_what_another_process_is_at_is_left_to_it(module, config, monkeypatch):
     locks[0].acquire()
     module.main(replace(config, studies=["adapter"]))
     assert len(trained) == 2 and all("adapter_type=plain" in name for name in trained)
+
+
+def test_runs_that_differ_in_seed_or_ratio_do_not_lock_each_other(module, config, monkeypatch):
+    monkeypatch.setattr(module, "run", lambda script, settings, *launch: None)
+    settings = {"mix_ratio": 1.0, "max_steps": 1}
+    names = [
+        f"{module.name_of('pretrain', {'mix_ratio': ratio}, 8)}-seed_{seed}" for ratio in (1.0, 0.5) for seed in (0, 1)
+    ]
+    with FileLock(Path(config.output_dir, f"{names[0]}.lock")):
+        for name in names[1:]:
+            module.train(config, name, settings, 8, 0, None)
+        with pytest.raises(Timeout):
+            module.train(config, names[0], settings, 8, 0, None)
 
 
 def test_arms_that_train_alike_share_their_score(module, config):

@@ -39,6 +39,7 @@ READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ti
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+RETRIES = 3  # of what looks damaged and is not on this machine
 MAX_WARNINGS = 5  # detailed ones, for each reason and reader
 
 
@@ -298,28 +299,36 @@ class SampleStream(IterableDataset):
             shard = shards[position]
             file = self.files[shard] if len(self.files) == num_shards else self.source.path
             start = start_example if position == start_position else 0
-            rows, index = self.dataset.shard(num_shards, shard).skip(start), start - 1
-            try:
-                # Inside of a worker `iter(rows)` would split the shard among the workers once more, and leave nothing
-                # to all but the first; `rows.iter` never does. One row at a time, because a damaged shard would take
-                # the rest of its batch along, another one after a resume.
-                for index, row in enumerate(rows.iter(batch_size=1), start):
-                    if take_whole_shards or (shard + index) % num_consumers == consumer:
-                        values = [row[column][0] for column in self.columns]
-                        if self.captions is not None:
-                            values.append(self.captions.get(_stem(row["__key__"][0])))
-                        origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
-                        key = f"{self.fingerprint}/{shard}/{index}"
-                        cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
-                        yield _Raw(key, origin, values[0], values[-1], cache, position, index)
-                if self.in_tars and "://" not in file:
-                    _check_end_of_tar(file)
-            except (tarfile.TarError, EOFError, ValueError, OSError) as error:
-                # pyarrow's word for damaged bytes is a bare OSError; the disk's have a number, the network's a class.
-                if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-                    raise
-                message = f"left out from example {index + 1} on: {type(error).__name__}: {error}"
-                self._skip("corrupt_shard", file, message)
+            attempts = 0
+            while True:
+                rows, index = self.dataset.shard(num_shards, shard).skip(start), start - 1
+                try:
+                    # Inside of a worker `iter(rows)` would split the shard among the workers once more, and leave nothing
+                    # to all but the first; `rows.iter` never does. One row at a time, because a damaged shard would take
+                    # the rest of its batch along, another one after a resume.
+                    for index, row in enumerate(rows.iter(batch_size=1), start):
+                        if take_whole_shards or (shard + index) % num_consumers == consumer:
+                            values = [row[column][0] for column in self.columns]
+                            if self.captions is not None:
+                                values.append(self.captions.get(_stem(row["__key__"][0])))
+                            origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
+                            key = f"{self.fingerprint}/{shard}/{index}"
+                            cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
+                            yield _Raw(key, origin, values[0], values[-1], cache, position, index)
+                    if self.in_tars and "://" not in file:
+                        _check_end_of_tar(file)
+                    break
+                except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+                    # pyarrow's word for damaged bytes is a bare OSError; the disk's have a number, the network's a class.
+                    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                        raise
+                    # A cut connection looks like damage; only damage is at the same place again.
+                    attempts = 1 if index >= start else attempts + 1
+                    if "://" not in file or attempts > RETRIES:
+                        message = f"left out from example {index + 1} on: {type(error).__name__}: {error}"
+                        self._skip("corrupt_shard", file, message)
+                        break
+                    start = index + 1
 
     def _decode(self, raw: _Raw) -> dict[str, Any] | None:
         caption = None
@@ -546,10 +555,14 @@ def _open(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
         # `datasets` keeps them in a set: their order, and with it the key of every picture, changes by the process.
         raise ValueError(f"{source.path!r} has several metadata files, whose order is not fixed: make them one")
     builder.config.data_files = DataFilesDict({source.split: DataFilesList(files, found.origin_metadata)})
-    try:
-        return builder.as_streaming_dataset(split=source.split), files
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise ValueError(f"the first file of {source.path!r}, {files[0]}, is empty or damaged: {error}") from error
+    for attempt in range(RETRIES + 1):
+        try:
+            return builder.as_streaming_dataset(split=source.split), files
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            if "://" not in files[0] or attempt == RETRIES:  # a cut connection looks like damage
+                message = f"the first file of {source.path!r}, {files[0]}, is empty or damaged: {error}"
+                raise ValueError(message) from error
+    raise AssertionError("unreachable")
 
 
 def _is_read_by(reader: str, file: str | Path) -> bool:
