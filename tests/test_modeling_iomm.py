@@ -53,7 +53,7 @@ def test_prefix_pass_equals_full_pass(processor, batch, image_mask, text_model, 
     )
     encoder.train()
     if checkpointing:
-        encoder.gradient_checkpointing_enable()
+        encoder.activation_checkpointing_enable()
         assert encoder.gradient_checkpointing
 
     expected = plain_full_pass(encoder, **batch, image_mask=image_mask)

@@ -197,7 +197,7 @@ class MetaModel:
         return predict_velocity(self.transformer, self.empty(*self.latent), self.empty(1), condition)
 
     def enable_checkpointing(self):
-        self.encoder.gradient_checkpointing_enable()
+        self.encoder.activation_checkpointing_enable()
         self.transformer.enable_gradient_checkpointing()
 
     def saved(self, cache) -> dict[str, int]:

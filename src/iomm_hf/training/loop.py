@@ -151,7 +151,7 @@ def train(config: TrainingConfig) -> Path:
         config.alignment_weight,
     ).train()
     if config.gradient_checkpointing:
-        module.encoder.gradient_checkpointing_enable()
+        module.encoder.activation_checkpointing_enable()
         module.transformer.enable_gradient_checkpointing()
     parameters = module.trainable_parameters()
     optimizers = build_optimizers(config, module)
