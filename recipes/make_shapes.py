@@ -31,6 +31,9 @@ class ShapesArguments:
         default="webdataset",
         metadata={"help": "`webdataset`, `parquet`, or `chat`: questions and answers, for sft_mllm.py."},
     )
+    text_share: float = field(
+        default=0.0, metadata={"help": "Of chats, the share of turns about a text alone, which teach an MLLM to read."}
+    )
     samples_per_shard: int = field(default=2500, metadata={"help": "Samples of all shards but the last."})
     tasks: list[str] = field(
         default_factory=lambda: list(TASKS),
@@ -44,7 +47,9 @@ class ShapesArguments:
 
 def main(args: ShapesArguments) -> None:
     if args.layout == "chat":
-        examples = shapes_chat(args.num_samples, seed=args.seed, image_size=args.image_size)
+        examples = shapes_chat(
+            args.num_samples, seed=args.seed, image_size=args.image_size, tasks=args.tasks, text_share=args.text_share
+        )
         progress = tqdm(examples, "Drawing shapes", total=args.num_samples, unit="scene")
         write_chat(args.output_dir, progress, args.samples_per_shard)
         return

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from iomm_hf.data.shapes import (
+    BOUND_TASKS,
     COLORS,
     GAP,
     HELD_OUT_COLOR_PAIRS,
@@ -23,6 +24,7 @@ from iomm_hf.data.shapes import (
     corpus_scene,
     coverage,
     describe,
+    exchange,
     falsify,
     is_held_out,
     list_metadata,
@@ -34,6 +36,7 @@ from iomm_hf.data.shapes import (
     signed_distance,
 )
 from iomm_hf.data.shapes_writer import write_shards
+from iomm_hf.evaluation.shapes import score_image
 
 
 WHITE = Background((250.0, 250.0, 250.0), (250.0, 250.0, 250.0), 0.0)
@@ -214,6 +217,18 @@ def test_falsified_metadata_differ_and_keep_the_task(task):
         false = falsify(metadata, rng, show_held_out=False)
         assert false["tag"] == task and false["prompt"] != metadata["prompt"]
         assert false["prompt"] in prompts
+
+
+@pytest.mark.parametrize("task", BOUND_TASKS)
+def test_exchanged_metadata_use_the_same_words_and_are_false(task):
+    rng = np.random.default_rng(1)
+    for metadata in list_metadata(task)[::40]:
+        other = exchange(metadata)
+        assert exchange(other) == metadata
+        assert not score_image(render(scene_for(metadata, rng)), other).correct
+        assert score_image(render(scene_for(other, rng)), other).correct
+    with pytest.raises(ValueError, match="Only position and color_attr bind words to each other, got task 'colors'"):
+        exchange(make_metadata("colors", "red", "circle"))
 
 
 def test_unknown_names_are_refused():

@@ -1,9 +1,12 @@
 """Questions and answers of the shapes world: true of their picture, and silent about what is held out."""
 
+import itertools
+import re
+
 import numpy as np
 
 from iomm_hf.data import shapes
-from iomm_hf.data.shapes_chat import chat_example, instructions, questions, shapes_chat
+from iomm_hf.data.shapes_chat import chat_example, instructions, questions, read, shapes_chat
 from iomm_hf.tiny import shapes_tokenizer
 
 
@@ -49,6 +52,58 @@ def test_nothing_names_what_is_held_out():
             assert (answer, last) not in shapes.HELD_OUT_COLOR_PAIRS
         if question.startswith("What is"):  # question and answer together state a relation
             assert (answer.split()[-1], last) not in shapes.HELD_OUT_POSITION
+
+
+def objects_of(text):
+    """(colour or `None`, shape) in the order of naming, of "a red star and a ring" or "a star in red and a ring"."""
+    phrases = re.split(", | and | left of | right of | above | below ", text)
+    words = [phrase.replace(" in ", " ").split()[1:] for phrase in phrases]
+    words = [pair[::-1] if pair[0] in shapes.SHAPES else pair for pair in words]
+    return [(None, pair[0]) if len(pair) == 1 else tuple(pair) for pair in words]
+
+
+def test_turns_about_texts_are_true_and_name_nothing_held_out():
+    turns = [read(np.random.default_rng(index)) for index in range(1200)]
+    asked = dict.fromkeys(("Repeat", "Turn around", "Reword", "what color", "what is", "what is a", "where"), 0)
+    for question, answer in turns:
+        kind, text = question.split(": ")
+        if kind not in asked:  # "a red star above a ring: where is the star?"
+            kind, text = text, kind
+        objects = objects_of(text)
+        for one, two in itertools.permutations(objects, 2):
+            assert (one[1], two[1]) not in shapes.HELD_OUT_POSITION
+            if None not in one + two:
+                assert not shapes.is_held_out(shapes.make_metadata("color_attr", *one, *two))
+        relation = next((word for word in shapes.RELATIONS if f" {word} " in text), None)
+        last = kind.rstrip("?").split()[-1]
+        if kind in ("Repeat", "Reword"):
+            assert objects_of(answer) == objects and (answer == text) == (kind == "Repeat")
+        elif kind == "Turn around":
+            assert objects_of(answer) == objects[::-1]
+            assert relation is None or shapes.OPPOSITE[relation] in answer
+        elif kind.startswith("what color"):
+            kind = "what color"
+            assert (answer, last) in objects
+        elif kind.startswith("where"):
+            kind = "where"
+            assert answer == (relation if objects[0][1] == last else shapes.OPPOSITE[relation])
+        elif relation is not None:
+            kind = "what is a"  # what is left of the star?
+            (subject,) = objects_of(answer)
+            told = next(word for word in shapes.RELATIONS if f"is {word} the" in question)
+            assert told == (relation if subject == objects[0] else shapes.OPPOSITE[relation])
+            assert last == (objects[1] if subject == objects[0] else objects[0])[1]
+        else:
+            kind = "what is"
+            assert (last, answer) in objects
+        asked[kind] += 1
+    assert min(asked.values()) > 30
+
+
+def test_a_share_of_turns_has_no_picture():
+    examples = list(shapes_chat(60, text_share=0.5))
+    assert 15 < sum(example.image is None for example in examples) < 45
+    assert all((example.image is None) == (": " in example.question) for example in examples)
 
 
 def test_the_corpus_is_the_same_whoever_draws_it():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from iomm_hf import IOMMPipeline
+from iomm_hf.data.shapes import BOUND_TASKS
 from iomm_hf.tiny import tiny_pipeline
 
 
@@ -83,6 +84,15 @@ def test_captions_are_checked(recipe, checkpoint, tmp_path, capsys):
     result = json.loads((tmp_path / "captions.json").read_text())
     assert result["scenes"] == 3 and result["whole"]["correct"] == 0
     assert "whole    0.000 [0.000," in capsys.readouterr().out
+
+
+def test_binding_is_checked(recipe, checkpoint, tmp_path, capsys):
+    module = recipe("check_binding")
+    config = module.BindingConfig(str(checkpoint / "model"), scenes=6, draws=1, output=str(tmp_path / "binding.json"))
+    module.main(config)
+    result = json.loads((tmp_path / "binding.json").read_text())
+    assert [result[task][part]["total"] for task in BOUND_TASKS for part in ("mllm", "generator")] == [6] * 4
+    assert "position   generator prefers the true caption in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet", "chat"])

@@ -184,7 +184,7 @@ def vision(recipe, tmp_path_factory):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_an_mllm_learns_from_chats_and_comes_out_whole(recipe, tmp_path, vision, lora):
     module = recipe("sft_mllm")
-    write_chat(tmp_path / "chat", shapes_chat(64))
+    write_chat(tmp_path / "chat", shapes_chat(64, text_share=0.3))  # pictures and texts in one batch
     settings = ["--model_name_or_path", str(vision), "--dataset_name", str(tmp_path / "chat")]
     settings += ["--output_dir", str(tmp_path / "mllm"), "--max_steps", "20", "--per_device_train_batch_size", "4"]
     settings += ["--learning_rate", "3e-3", "--warmup_steps", "2", "--logging_steps", "10", "--save_strategy", "steps"]

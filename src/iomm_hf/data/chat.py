@@ -14,9 +14,9 @@ from PIL import Image
 
 
 class ChatExample(NamedTuple):
-    """One turn over one picture."""
+    """One turn over one picture, or over none."""
 
-    image: Image.Image
+    image: Image.Image | None
     question: str
     answer: str
 
@@ -65,7 +65,7 @@ def write_chat(
     while part := list(islice(remaining, samples_per_shard)):
         rows = [
             {
-                "images": [example.image],
+                "images": [] if example.image is None else [example.image],
                 "prompt": [{"role": "user", "content": example.question}],
                 "completion": [{"role": "assistant", "content": example.answer}],
             }

@@ -35,9 +35,11 @@ COLORS = {
 
 # In the order of GenEval's own tables.
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+BOUND_TASKS = ("position", "color_attr")  # whose words, bound otherwise, say something else
 
 # Relation -> (axis, sign of subject minus reference along it); y grows downwards, as in pixels.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 
@@ -453,10 +455,39 @@ def list_metadata(task: str, *, show_held_out: bool = True) -> list[Metadata]:
     return [make_metadata(task, *words) for words in _allowed_words(task, show_held_out)]
 
 
+def _exchanged_words(metadata: Metadata) -> tuple[str, ...]:
+    first, second = metadata["include"]
+    if metadata["tag"] == "position":
+        return second["class"], OPPOSITE[second["position"][0]], first["class"]
+    return second["color"], first["class"], first["color"], second["class"]
+
+
+def exchange(metadata: Metadata) -> Metadata:
+    """
+    The same words bound otherwise: the opposite relation, or the two colours exchanged.
+
+    Args:
+        metadata (`dict`): Metadata of `position` or `color_attr`, as `make_metadata` gives them.
+
+    Raises:
+        ValueError: If the task is another one, whose words cannot be bound otherwise.
+
+    Example:
+
+    ```python
+    >>> exchange(make_metadata("color_attr", "red", "circle", "blue", "star"))["prompt"]
+    'a blue circle and a red star'
+    ```
+    """
+    if metadata["tag"] not in BOUND_TASKS:
+        raise ValueError(f"Only {' and '.join(BOUND_TASKS)} bind words to each other, got task {metadata['tag']!r}.")
+    return make_metadata(metadata["tag"], *_exchanged_words(metadata))
+
+
 def falsify(metadata: Metadata, rng: np.random.Generator, *, show_held_out: bool = True) -> Metadata:
     """
     Metadata that differ from the given ones in one meaningful thing, so that each is false of the other's scenes:
-    another shape, another colour, another number, the opposite or a crossing relation, or swapped colours.
+    another shape, another colour, another number, the opposite relation, a crossing one, or swapped colours.
 
     Serves as the false half of the scorer's test, and as the "no" answers when a captioner learns to match.
 
@@ -503,14 +534,15 @@ def falsify(metadata: Metadata, rng: np.random.Generator, *, show_held_out: bool
         reference, subject = named
         relation = include[1]["position"][0]
         changes = [
-            [(subject, word, reference) for word in RELATIONS if word != relation],
+            [_exchanged_words(metadata)],
+            [(subject, word, reference) for word in RELATIONS if word not in (relation, OPPOSITE[relation])],
             [(shape, relation, reference) for shape in others] + [(subject, relation, shape) for shape in others],
         ]
     else:
         first, second = (item["color"] for item in include)
         rest = [name for name in COLORS if name not in (first, second)]
         changes = [
-            [(second, named[0], first, named[1])],
+            [_exchanged_words(metadata)],
             [(c, named[0], second, named[1]) for c in rest] + [(first, named[0], c, named[1]) for c in rest],
             [(first, shape, second, named[1]) for shape in others]
             + [(first, named[0], second, shape) for shape in others],

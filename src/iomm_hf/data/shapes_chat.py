@@ -5,7 +5,7 @@ picture shows a held-out pair of colour and shape.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from .shapes import (
     HELD_OUT_COLOR_PAIRS,
     HELD_OUT_POSITION,
     NUMBER_WORDS,
+    OPPOSITE,
     RELATIONS,
     SHAPES,
+    TASKS,
     Metadata,
     Scene,
     SceneObject,
@@ -37,7 +39,19 @@ MATCH = "Does the image show {}?"
 COUNT = "How many {} are there?"
 COLOR = "What color is the {}?"
 WHERE = "What is {} the {}?"
-DESCRIBE_SHARE = 0.5  # of all examples; the other four kinds share the rest as far as a scene allows them
+DESCRIBE_SHARE = (
+    0.5  # of all examples with a picture; the other four kinds share the rest as far as a scene allows them
+)
+
+# About a text alone. A large MLLM learned on text which word belongs to which long before it saw a picture; without these a tiny
+# one reads captions as bags of words, and so does whatever is conditioned on it.
+REPEAT = "Repeat: {}"
+REVERSE = "Turn around: {}"
+REWORD = "Reword: {}"
+READ_COLOR = "{}: what color is the {}?"
+READ_SHAPE = "{}: what is {}?"
+READ_SUBJECT = "{}: what is {} the {}?"
+READ_RELATION = "{}: where is the {}?"
 
 # How people ask for changes; together with the questions, what the tokenizer learns beside captions.
 EDITS = (
@@ -125,10 +139,71 @@ def _where(subject: SceneObject, reference: SceneObject) -> Turn | None:
     )
 
 
-def chat_example(seed: int, index: int) -> tuple[Scene, Turn]:
-    """Example `index` of the chat corpus `seed`: a scene of `corpus_scene` and one turn about it."""
-    scene, metadata = corpus_scene(seed, index)
+def _may_be_told(objects: Sequence[tuple[str, str]]) -> bool:
+    """Whether a text may name these (colour, shape) in any order: no two of them make a held-out caption."""
+    return not any(pair in HELD_OUT_COLOR_PAIRS for pair in objects) and not any(
+        is_held_out(make_metadata("color_attr", *one, *two)) or (one[1], two[1]) in HELD_OUT_POSITION
+        for one, two in itertools.permutations(objects, 2)
+    )
+
+
+def read(rng: np.random.Generator) -> Turn:
+    r"""
+    A turn about a text alone, which names two to four objects of different colours and shapes.
+
+    Example:
+
+    ```python
+    >>> print(*read(np.random.default_rng(0)), sep=" -> ")
+    a purple heart right of a red square: what is left of the heart? -> a red square
+    ```
+    """
+    count = rng.integers(2, 5)
+    while True:
+        colors, shapes = rng.permutation(list(COLORS))[:count].tolist(), rng.permutation(SHAPES)[:count].tolist()
+        if _may_be_told(list(zip(colors, shapes, strict=True))):
+            break
+    phrases = [with_article(f"{color} {shape}") for color, shape in zip(colors, shapes, strict=True)]
+    kinds = {"repeat": 1, "reverse": 1, "reword": 3, "color": 1, "shape": 0.5, "turn": 2, "subject": 1, "relation": 1}
+    kind = rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values()))
+    text, one = _listed(phrases), int(rng.integers(count))
+    if kind == "repeat":
+        return Turn(REPEAT.format(text), text)
+    if kind == "reverse":
+        return Turn(REVERSE.format(text), _listed(phrases[::-1]))
+    if kind == "reword":
+        reworded = _listed([with_article(f"{shape} in {color}") for color, shape in zip(colors, shapes, strict=True)])
+        return Turn(REWORD.format(text), reworded) if rng.random() < 0.7 else Turn(REWORD.format(reworded), text)
+    if kind == "color":
+        return Turn(READ_COLOR.format(text, shapes[one]), colors[one])
+    if kind == "shape":
+        return Turn(READ_SHAPE.format(text, colors[one]), shapes[one])
+    relation = str(rng.choice(list(RELATIONS)))
+    if rng.random() < 0.5:
+        phrases = [with_article(shape) for shape in shapes]
+    text, turned = f"{phrases[0]} {relation} {phrases[1]}", f"{phrases[1]} {OPPOSITE[relation]} {phrases[0]}"
+    if kind == "turn":
+        return Turn(REVERSE.format(text), turned)
+    # of the first, or of the second: the same the other way around
+    subject, reference, relation = ((0, 1, relation), (1, 0, OPPOSITE[relation]))[rng.integers(2)]
+    if kind == "subject":
+        return Turn(READ_SUBJECT.format(text, relation, shapes[reference]), phrases[subject])
+    return Turn(READ_RELATION.format(text, shapes[subject]), relation)
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    return ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def chat_example(
+    seed: int, index: int, *, tasks: Sequence[str] = TASKS, text_share: float = 0.0
+) -> tuple[Scene | None, Turn]:
+    """Example `index` of the chat corpus `seed`: a scene of `corpus_scene` and one turn about it, or for a share `text_share`
+    no scene and a turn about a text."""
     rng = np.random.default_rng([seed, index, 1])
+    if text_share and rng.random() < text_share:
+        return None, read(rng)
+    scene, metadata = corpus_scene(seed, index, tasks=tasks)
     turns = questions(scene, metadata, rng)
     described = turns.pop("describe")
     return scene, described if rng.random() < DESCRIBE_SHARE else list(turns.values())[rng.integers(len(turns))]
@@ -139,6 +214,11 @@ def instructions() -> Iterator[str]:
     yield from (DESCRIBE, MATCH.format("a circle"), "yes", "no", "none", "one", *NUMBER_WORDS.values())
     yield from (COUNT.format(plural(shape)) for shape in SHAPES)
     yield from (COLOR.format(shape) for shape in SHAPES)
+    yield from (REPEAT.format("a circle"), REVERSE.format("a circle"), REWORD.format("a circle in red"))
+    yield from (READ_COLOR.format("a circle", shape) for shape in SHAPES)
+    yield from (READ_SHAPE.format("a circle", color) for color in COLORS)
+    yield from (READ_RELATION.format("a circle", shape) for shape in SHAPES)
+    yield from (READ_SUBJECT.format("a circle", relation, shape) for relation in RELATIONS for shape in SHAPES)
     for color, shape in itertools.product(COLORS, SHAPES):
         if (color, shape) in HELD_OUT_COLOR_PAIRS:
             continue
@@ -147,7 +227,9 @@ def instructions() -> Iterator[str]:
         yield from (edit.format(**words, a_color_shape=with_article(f"{color} {shape}")) for edit in EDITS)
 
 
-def shapes_chat(num_samples: int, *, seed: int = 0, image_size: int = 64) -> Iterator[ChatExample]:
+def shapes_chat(
+    num_samples: int, *, seed: int = 0, image_size: int = 64, tasks: Sequence[str] = TASKS, text_share: float = 0.0
+) -> Iterator[ChatExample]:
     r"""
     The chat corpus `seed`, drawn.
 
@@ -155,6 +237,8 @@ def shapes_chat(num_samples: int, *, seed: int = 0, image_size: int = 64) -> Ite
         num_samples (`int`): Examples to draw.
         seed (`int`, *optional*, defaults to 0): The corpus.
         image_size (`int`, *optional*, defaults to 64): Side of the pictures in pixels.
+        tasks (`Sequence[str]`, *optional*, defaults to all six): Kinds of scenes, see `sample_scene`.
+        text_share (`float`, *optional*, defaults to 0): Share of turns about a text alone.
 
     Example:
 
@@ -165,5 +249,5 @@ def shapes_chat(num_samples: int, *, seed: int = 0, image_size: int = 64) -> Ite
     ```
     """
     for index in range(num_samples):
-        scene, turn = chat_example(seed, index)
-        yield ChatExample(Image.fromarray(render(scene, image_size)), *turn)
+        scene, turn = chat_example(seed, index, tasks=tasks, text_share=text_share)
+        yield ChatExample(None if scene is None else Image.fromarray(render(scene, image_size)), *turn)

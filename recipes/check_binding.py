@@ -1,0 +1,52 @@
+"""Whether a checkpoint binds words to each other: scenes of the shapes world under their caption and under its words exchanged.
+
+python recipes/check_binding.py                                          # the model that comes with the package
+python recipes/check_binding.py --checkpoint outputs/mine/final --scenes 400 --output binding.json
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from trl import TrlParser
+
+from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf.data.shapes import BOUND_TASKS, corpus_scene
+from iomm_hf.evaluation.binding import generator_binding, mllm_binding
+from iomm_hf.training.checkpoints import write_json
+
+
+@dataclass
+class BindingConfig:
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "Pipeline folder or Hub id. Default: the shipped one."}
+    )
+    scenes: int = field(default=400, metadata={"help": "Scenes a task."})
+    draws: int = field(default=8, metadata={"help": "Draws of time and noise for each scene."})
+    seed: int = field(default=10**6, metadata={"help": "Their corpus; another one than was trained on."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+
+
+def main(config: BindingConfig):
+    pipeline = IOMMPipeline.from_pretrained(config.checkpoint or shipped_model(), dtype=torch.float32)
+    result = {}
+    for task in BOUND_TASKS:
+        scenes = [corpus_scene(config.seed, index, tasks=(task,)) for index in range(config.scenes)]
+        shares = {
+            "mllm": mllm_binding(pipeline.text_encoder.mllm, pipeline.processor, scenes),
+            "generator": generator_binding(pipeline, scenes, config.draws, seed=config.seed),
+        }
+        for part, share in shares.items():
+            print(
+                f"{task:10} {part:9} prefers the true caption in {share.accuracy:.3f} [{share.low:.3f}, {share.high:.3f}]"
+                f" of {share.total} scenes (a bag of words: 0.5)"
+            )
+        result[task] = {part: asdict(share) for part, share in shares.items()}
+    if config.output is not None:
+        write_json(
+            Path(config.output), result | {"checkpoint": config.checkpoint, "seed": config.seed, "draws": config.draws}
+        )
+
+
+if __name__ == "__main__":
+    main(*TrlParser(BindingConfig, description=__doc__.splitlines()[0]).parse_args_and_config())
