@@ -64,7 +64,9 @@ def objects_of(text):
 
 def test_turns_about_texts_are_true_and_name_nothing_held_out():
     turns = [read(np.random.default_rng(index)) for index in range(1200)]
-    asked = dict.fromkeys(("Repeat", "Turn around", "Reword", "what color", "what is", "what is a", "where"), 0)
+    asked = dict.fromkeys(
+        ("Repeat", "Turn around", "Reword", "In order", "what color", "what is", "what is a", "where"), 0
+    )
     for question, answer in turns:
         kind, text = question.split(": ")
         if kind not in asked:  # "a red star above a ring: where is the star?"
@@ -81,6 +83,11 @@ def test_turns_about_texts_are_true_and_name_nothing_held_out():
         elif kind == "Turn around":
             assert objects_of(answer) == objects[::-1]
             assert relation is None or shapes.OPPOSITE[relation] in answer
+        elif kind == "In order":
+            turned = relation in ("right of", "below")
+            wanted = sorted(objects, key=lambda item: item[1]) if relation is None else objects[:: -1 if turned else 1]
+            assert objects_of(answer) == wanted
+            assert relation is None or (shapes.OPPOSITE[relation] if turned else relation) in answer
         elif kind.startswith("what color"):
             kind = "what color"
             assert (answer, last) in objects

@@ -723,8 +723,8 @@ def describe(scene: Scene) -> str:
     """
     A full description of a scene that names what is there and no held-out combination.
 
-    Two objects are told by their relation where it is unmistakable, others as a list. The order of naming is the first
-    that names no held-out ordered pair. Where colours cannot be named without one, shapes are named alone.
+    Two objects are told by their relation where it is unmistakable, others as a list, from the upper left to the lower
+    right unless that names a held-out ordered pair. Where colours cannot be named without one, shapes are named alone.
 
     Args:
         scene (`Scene`): The scene.
@@ -746,7 +746,7 @@ def describe(scene: Scene) -> str:
     for with_colors in (True, False):
         if with_colors and any((item.color, item.shape) in HELD_OUT_COLOR_PAIRS for item in scene.objects):
             continue
-        for order in itertools.permutations(scene.objects):
+        for order in itertools.permutations(sorted(scene.objects, key=lambda item: item.x + item.y)):
             text = _describe_in_order(order, with_colors)
             if text is not None:
                 return text

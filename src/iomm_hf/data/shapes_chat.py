@@ -48,6 +48,7 @@ DESCRIBE_SHARE = (
 REPEAT = "Repeat: {}"
 REVERSE = "Turn around: {}"
 REWORD = "Reword: {}"
+ORDER = "In order: {}"
 READ_COLOR = "{}: what color is the {}?"
 READ_SHAPE = "{}: what is {}?"
 READ_SUBJECT = "{}: what is {} the {}?"
@@ -164,7 +165,8 @@ def read(rng: np.random.Generator) -> Turn:
         if _may_be_told(list(zip(colors, shapes, strict=True))):
             break
     phrases = [with_article(f"{color} {shape}") for color, shape in zip(colors, shapes, strict=True)]
-    kinds = {"repeat": 1, "reverse": 1, "reword": 3, "color": 1, "shape": 0.5, "turn": 2, "subject": 1, "relation": 1}
+    kinds = {"repeat": 1, "reverse": 1, "reword": 2, "order": 2, "color": 1, "shape": 1}
+    kinds |= {"turn": 1, "sides": 2, "subject": 1, "relation": 1}  # of two objects beside each other
     kind = rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values()))
     text, one = _listed(phrases), int(rng.integers(count))
     if kind == "repeat":
@@ -174,6 +176,9 @@ def read(rng: np.random.Generator) -> Turn:
     if kind == "reword":
         reworded = _listed([with_article(f"{shape} in {color}") for color, shape in zip(colors, shapes, strict=True)])
         return Turn(REWORD.format(text), reworded) if rng.random() < 0.7 else Turn(REWORD.format(reworded), text)
+    if kind == "order":  # by shape, with other words: each colour has to be looked up by its shape
+        in_order = sorted(zip(shapes, colors, strict=True))
+        return Turn(ORDER.format(text), _listed([with_article(f"{shape} in {color}") for shape, color in in_order]))
     if kind == "color":
         return Turn(READ_COLOR.format(text, shapes[one]), colors[one])
     if kind == "shape":
@@ -184,6 +189,8 @@ def read(rng: np.random.Generator) -> Turn:
     text, turned = f"{phrases[0]} {relation} {phrases[1]}", f"{phrases[1]} {OPPOSITE[relation]} {phrases[0]}"
     if kind == "turn":
         return Turn(REVERSE.format(text), turned)
+    if kind == "sides":  # the left or upper one first, however it was told
+        return Turn(ORDER.format(text), text if relation in ("left of", "above") else turned)
     # of the first, or of the second: the same the other way around
     subject, reference, relation = ((0, 1, relation), (1, 0, OPPOSITE[relation]))[rng.integers(2)]
     if kind == "subject":
@@ -214,7 +221,12 @@ def instructions() -> Iterator[str]:
     yield from (DESCRIBE, MATCH.format("a circle"), "yes", "no", "none", "one", *NUMBER_WORDS.values())
     yield from (COUNT.format(plural(shape)) for shape in SHAPES)
     yield from (COLOR.format(shape) for shape in SHAPES)
-    yield from (REPEAT.format("a circle"), REVERSE.format("a circle"), REWORD.format("a circle in red"))
+    yield from (
+        REPEAT.format("a circle"),
+        REVERSE.format("a circle"),
+        REWORD.format("a circle in red"),
+        ORDER.format("a circle"),
+    )
     yield from (READ_COLOR.format("a circle", shape) for shape in SHAPES)
     yield from (READ_SHAPE.format("a circle", color) for color in COLORS)
     yield from (READ_RELATION.format("a circle", shape) for shape in SHAPES)

@@ -3,10 +3,12 @@
 A scene's caption is compared with the same words bound otherwise ([`~iomm_hf.data.shapes.exchange`]): "a heart left of a
 star" with "a heart right of a star", "a red circle and a blue star" with "a blue circle and a red star". The MLLM is asked
 whether the scene shows each; the generator denoises the scene under each. A bag of words prefers the true one half of the time.
+What an MLLM makes of a text alone is asked apart from pictures ([`reading`]): text-to-image needs no more of it.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data.collate import IOMMCollator
 from ..data.shapes import Metadata, Scene, exchange, render
-from ..data.shapes_chat import MATCH
+from ..data.shapes_chat import MATCH, read
 from ..pipeline_iomm import IOMMPipeline
 from ..processing_iomm import IOMMProcessor
 from ..training.module import IOMMTrainingModule
@@ -51,6 +53,36 @@ def mllm_binding(
         willingness.append((logits[:, yes] - logits[:, no]).cpu())
     true, exchanged = torch.cat(willingness).view(-1, 2).unbind(1)
     return wilson_share(int((true > exchanged).sum()), len(scenes))
+
+
+@torch.no_grad()
+def reading(
+    mllm: PreTrainedModel, processor: IOMMProcessor, turns: int = 400, batch_size: int = 64, seed: int = 10**6
+) -> dict[str, Share]:
+    r"""
+    Share of turns about a text alone ([`~iomm_hf.data.shapes_chat.read`]) that an MLLM answers word for word.
+
+    Args:
+        mllm (`PreTrainedModel`): The MLLM.
+        processor ([`IOMMProcessor`]): Its processor.
+        turns (`int`, *optional*, defaults to 400): Turns to answer.
+        batch_size (`int`, *optional*, defaults to 64): Turns a forward pass.
+        seed (`int`, *optional*, defaults to 1000000): What they derive from.
+
+    Returns:
+        `dict` with a [`~iomm_hf.evaluation.shapes.Share`] for texts to say again (`restated`: repeated, turned around, in other
+        words) and for questions about them (`asked`).
+    """
+    told = [read(np.random.default_rng([seed, index])) for index in range(turns)]
+    right: dict[str, list[bool]] = {"restated": [], "asked": []}
+    for start in tqdm(range(0, turns, batch_size), desc="Texts", unit="batch"):
+        part = told[start : start + batch_size]
+        inputs = processor.encode([processor.understand(turn.question) for turn in part])
+        answers = mllm.generate(**inputs.to(mllm.device), max_new_tokens=60, do_sample=False)
+        texts = processor.tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for turn, text in zip(part, texts, strict=True):
+            right["asked" if turn.question.endswith("?") else "restated"].append(text.strip() == turn.answer)
+    return {kind: wilson_share(sum(answers), len(answers)) for kind, answers in right.items() if answers}
 
 
 @torch.no_grad()
