@@ -252,13 +252,13 @@ class SampleStream(IterableDataset):
 
         With data loader workers each worker has its own state: save and load through torchdata's `StatefulDataLoader`.
         """
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         state = self.state_dict()
         # Once more, for a stream that was iterated or loaded here and is now read by a worker.
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         consumer, _ = _consumer(self.rank, self.world_size)
         self._skipped.clear()
         while True:
@@ -423,7 +423,7 @@ class MixedStream(IterableDataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same streams, weights and seed; any other raises a `ValueError`."""
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         for stream, stream_state in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         self._draws = state["draws"]
@@ -648,7 +648,8 @@ def _consumer(rank: int, world_size: int) -> tuple[int, int]:
     return rank * worker.num_workers + worker.id, world_size * worker.num_workers
 
 
-def _check_identity(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_identity(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse the state of another stream with a `ValueError`."""
     differing = {name: (saved.get(name), value) for name, value in expected.items() if saved.get(name) != value}
     if differing:
         raise ValueError(

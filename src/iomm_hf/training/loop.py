@@ -29,9 +29,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
+from ..data.buckets import BucketedStream, bucket_sizes
 from ..data.collate import IOMMCollator, sample_seed
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
@@ -124,8 +126,12 @@ def train(config: TrainingConfig) -> Path:
     )
     check_caches(stream, pipeline, resolution)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
+    samples: IterableDataset = stream
+    if config.aspect_ratios:
+        sizes = bucket_sizes(config.aspect_ratios, resolution, pipeline.size_multiple)
+        samples = BucketedStream(stream, sizes, config.batch_size, seed=config.seed)
     loader = StatefulDataLoader(
-        stream,
+        samples,
         batch_size=config.batch_size,
         collate_fn=collator,
         num_workers=config.num_workers,
