@@ -26,6 +26,7 @@ import datasets
 import fsspec
 import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.utils.file_utils import xopen
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .cache import CACHE_COLUMN, read_cache_info, unpack
@@ -315,7 +316,7 @@ class SampleStream(IterableDataset):
                             key = f"{self.fingerprint}/{shard}/{index}"
                             cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
                             yield _Raw(key, origin, values[0], values[-1], cache, position, index)
-                    if self.in_tars and "://" not in file:
+                    if self.in_tars and _ending(Path(file)) == ".tar":
                         _check_end_of_tar(file)
                     break
                 except (tarfile.TarError, EOFError, ValueError, OSError) as error:
@@ -618,12 +619,13 @@ def _detect_reader(folder: Path) -> str:
 
 
 def _check_end_of_tar(file: str) -> None:
-    """Raise for a cut inside of a header, which `tarfile` takes for the end without a word."""
-    with open(file, "rb") as archive:
-        if not archive.read(262).endswith(b"ustar"):
-            return  # compressed, or of another dialect
-        archive.seek(-1024, os.SEEK_END)
-        if any(archive.read()):
+    """Raise for a file cut inside of a header, which `tarfile` takes for the end without a word."""
+    with xopen(file, "rb") as archive:  # two small requests, if it is not on this machine
+        archive.seek(max(0, archive.seek(0, os.SEEK_END) - 1024))
+        if not any(archive.read()):
+            return
+        archive.seek(0)
+        if archive.read(262).endswith(b"ustar"):  # neither compressed nor of another dialect
             raise tarfile.ReadError("cut short, the 1024 zero bytes at the end of a tar are missing")
 
 
