@@ -228,6 +228,14 @@ def test_resuming_with_other_settings_is_refused(settings):
     assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    state = list_checkpoints(Path(settings["output_dir"]))[-1] / "state/rank-0.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "recent"}))
+    with pytest.raises(ValueError, match="checkpoint-00000004 was written by an earlier iomm-hf.*--init_from"):
+        train(PretrainConfig(**settings))
+
+
 def test_the_adapter_has_its_own_rate(settings):
     config = PretrainConfig(**settings | {"max_steps": 1, "warmup_steps": 0, "adapter_learning_rate": 1e-5})
     train(config)

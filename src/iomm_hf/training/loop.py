@@ -180,6 +180,11 @@ def train(config: TrainingConfig) -> Path:
     recent: list[dict[str, float]] = []  # losses since the last line of the log
     if checkpoint is not None:
         rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
+        if "recent" not in rank_state:
+            raise ValueError(
+                f"{checkpoint} was written by an earlier iomm-hf, which did not keep all that an exact resume needs. Go on"
+                f" with the version and commit in run.json, or start a new output_dir with --init_from {checkpoint}."
+            )
         loader.load_state_dict(rank_state["loader"])
         for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):
             scheduler.load_state_dict(state)
