@@ -198,7 +198,8 @@ def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path)
 
 
 SHORT = """
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 
 keys, skipped = [], {}
 for sample in SampleStream(SourceConfig("user/short")):
@@ -223,7 +224,8 @@ def test_a_tar_on_the_hub_that_ends_inside_of_a_header_is_reported(hub, tmp_path
 
 STREAM = """
 from iomm_hf import IOMMPipeline
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 from iomm_hf.modeling_iomm import resolve_frozen
 
 for path, column in (

@@ -16,7 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from iomm_hf.data.buckets import BATCHES, BucketedStream, bucket_sizes, parse_aspect_ratio
 from iomm_hf.data.cache import CACHE_COLUMN, CACHE_FILE, Cached, pack
 from iomm_hf.data.collate import IOMMCollator
-from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
 
 
 SIZES = [(32, 64), (48, 48), (64, 32)]

@@ -101,7 +101,8 @@ class BucketedStream(IterableDataset):
     >>> from itertools import islice
     >>> from PIL import Image
     >>> from iomm_hf.data.buckets import BucketedStream
-    >>> from iomm_hf.data.streams import SourceConfig, build_stream
+    >>> from iomm_hf.data.sources import SourceConfig
+    >>> from iomm_hf.data.streams import build_stream
     >>> folder = tempfile.mkdtemp()
     >>> for number, size in enumerate([(32, 24), (24, 32)]):
     ...     Image.new("RGB", size).save(f"{folder}/{number}.png")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ..data.buckets import parse_aspect_ratio
-from ..data.streams import SourceConfig
+from ..data.sources import SourceConfig
 from ..flow_matching import TimestepSampling
 
 
