@@ -87,6 +87,8 @@ def main(config: StepFlopsConfig):
     for part in dict.fromkeys(part for parts in steps.values() for part in parts):
         cells = [f"{parts[part] / 1e12:.3f}" if part in parts else "" for parts in steps.values()]
         print(f"| {part} | " + " | ".join(cells) + " |")
+    around = {name: sum(parts.values()) - parts["autoencoder"] - parts["generator"] for name, parts in steps.items()}
+    print("| condition path alone | " + " | ".join(f"{flops / 1e12:.3f}" for flops in around.values()) + " |")
     print("| all | " + " | ".join(f"{sum(parts.values()) / 1e12:.3f}" for parts in steps.values()) + " |")
     print("| ours / plain | " + " | ".join(f"{sum(parts.values()) / total:.3f}" for parts in steps.values()) + " |")
     tried, tower = candidates(config), plain["vision tower"]
