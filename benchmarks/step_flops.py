@@ -79,6 +79,7 @@ def main(config: StepFlopsConfig):
     model = build(config, get_preset(config.preset), config.resolution, config.mask_ratio)
     steps = {
         "plain": plain,
+        "nothing cached": model.flops(),
         "latents cached": model.flops(cached_latents=True),
         "vision tokens too": model.flops(cached_latents=True, cached_vision_tokens=True),
     }
