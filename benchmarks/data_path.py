@@ -16,7 +16,8 @@ from trl import TrlParser
 
 from iomm_hf.data.images import load_image
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 
 
 @dataclass

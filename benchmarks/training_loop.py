@@ -23,7 +23,8 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
 

@@ -1,6 +1,7 @@
 """The command line through typer's own runner."""
 
 import json
+import sys
 
 from typer.testing import CliRunner
 
@@ -35,3 +36,11 @@ def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5_000
     nothing = run(str(tmp_path / "nothing"), command="plot")
     assert nothing.exit_code == 2 and "holds no log.jsonl" in nothing.stderr
+
+
+def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    done = run(str(tmp_path), command="plot")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'iomm-hf[train]'" in done.stderr

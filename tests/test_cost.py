@@ -52,6 +52,28 @@ def test_flux_flops_are_the_closed_form(flux):
     assert count_flops(model.generate, backward=True) == pytest.approx(3 * forward, rel=0.03)
 
 
+def test_the_plain_pass_is_the_closed_form():
+    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    width, key_width, hidden, layers, rows = 128, 64, 384, 4, PREFIX + 16
+    weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
+    forward = layers * (2 * rows * weights + 4 * rows**2 * width)
+    # Frozen weights take no gradient, so their products come back once; attention's two products come back as four.
+    backward = layers * (2 * rows * weights + 8 * rows**2 * width)
+    assert count_flops(model.plain, backward=True) == pytest.approx(forward + backward, rel=0.01)
+
+
+def test_a_step_of_base_costs_at_most_four_fifths_of_the_plain_one():
+    """`benchmarks/step_flops.py` prints the parts."""
+    base, wording, tokens = get_preset("base"), 40, 256
+    everything = MetaModel(base, 512, wording + tokens, torch.bfloat16)
+    ours = MetaModel(base, 512, wording + round(0.15 * tokens), torch.bfloat16)
+    online = sum(map(count_flops, (everything.encode_latents, everything.see)))
+    trained = (everything.adapt, everything.plain, everything.generate)
+    plain = online + sum(count_flops(part, backward=True) for part in trained)
+    assert sum(ours.flops(cached_latents=True).values()) / plain <= 0.80
+    assert sum(ours.flops(cached_latents=True, cached_vision_tokens=True).values()) / plain <= 0.74
+
+
 def measured_peak(preset, batch_size: int) -> int:
     """Peak of live bytes over building everything and two steps, gradients held as DDP's buckets hold them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

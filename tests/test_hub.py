@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -196,9 +197,35 @@ def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+SHORT = """
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
+
+keys, skipped = [], {}
+for sample in SampleStream(SourceConfig("user/short")):
+    if sample["epoch"]:
+        break
+    keys.append(sample["key"])
+    skipped |= sample["skipped"]
+assert len(set(keys)) == len(keys) == 4 + 3, keys
+assert {**skipped, **sample["skipped"]} == {"corrupt_shard": 1}, (skipped, sample["skipped"])
+"""
+
+
+def test_a_tar_on_the_hub_that_ends_inside_of_a_header_is_reported(hub, tmp_path):
+    write_shards(tmp_path, 8, captions=False, samples_per_shard=4)
+    files = folder_files(tmp_path)
+    last = sorted(files)[-1]
+    with tarfile.open(tmp_path / last) as archive:
+        files[last] = files[last][: archive.getmembers()[-1].offset + 100]
+    hub.commit_files("user/short", files, repo_type="dataset")
+    client(hub.environment(tmp_path / "home"), SHORT)
+
+
 STREAM = """
 from iomm_hf import IOMMPipeline
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 from iomm_hf.modeling_iomm import resolve_frozen
 
 for path, column in (

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +96,9 @@ def plot(
     output: Annotated[Path | None, typer.Option(help="Picture to write. Default: curves.png in that folder.")] = None,
 ):
     """Draw a run's curves: losses by time and source, gradient norm, learning rate, speed."""
+    if find_spec("matplotlib") is None:
+        typer.echo("Error: plots need matplotlib, which is not installed: pip install 'iomm-hf[train]'.", err=True)
+        raise typer.Exit(2)
     from .evaluation.figures import plot_run
 
     if not (run / "log.jsonl").is_file():

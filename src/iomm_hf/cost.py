@@ -175,11 +175,19 @@ class MetaModel:
         return self.encoder.image_features(self.empty(*self.view))
 
     def prefix(self):
+        return self._read(self.empty(1, self.prefix_tokens, self.encoder.config.hidden_size))
+
+    def plain(self) -> torch.Tensor:
+        """Prefix and query rows in one pass with a graph over all of them: what the cached prefix replaces."""
+        rows = self.prefix_tokens + self.encoder.config.num_queries
+        embeddings = self.empty(1, rows, self.encoder.config.hidden_size, grad=True)
+        return self._read(embeddings)[0].last_hidden_state[:, self.prefix_tokens :]
+
+    def _read(self, embeddings: torch.Tensor):
         from transformers import DynamicCache
 
         cache = DynamicCache()
         language_model = self.encoder.mllm.model.language_model
-        embeddings = self.empty(1, self.prefix_tokens, self.encoder.config.hidden_size)
         return language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True), cache
 
     def adapt(self) -> torch.Tensor:
@@ -195,6 +203,19 @@ class MetaModel:
     def generate(self) -> torch.Tensor:
         condition = self.empty(1, self.encoder.config.num_queries, self.width, grad=True)
         return predict_velocity(self.transformer, self.empty(*self.latent), self.empty(1), condition)
+
+    def flops(self, cached_latents: bool = False, cached_vision_tokens: bool = False) -> dict[str, int]:
+        """Of a training step with one sample, by part."""
+        with torch.no_grad():
+            cache = self.prefix()[1]
+        return {
+            "autoencoder": 0 if cached_latents else count_flops(self.encode_latents),
+            "vision tower": 0 if cached_vision_tokens else count_flops(self.see),
+            "MLLM prefix": count_flops(lambda: self.prefix()[0].last_hidden_state),
+            "adapter": count_flops(self.adapt, backward=True),
+            "query rows": count_flops(lambda: self.query(cache), backward=True),
+            "generator": count_flops(self.generate, backward=True),
+        }
 
     def enable_checkpointing(self):
         self.encoder.activation_checkpointing_enable()
@@ -296,14 +317,7 @@ def estimate_training(
     activations = {"plain": sum(saved.values())}
     if gradient_checkpointing:
         model.enable_checkpointing()
-    flops = {
-        "autoencoder": 0 if cached_latents else count_flops(model.encode_latents),
-        "vision tower": 0 if cached_vision_tokens else count_flops(model.see),
-        "MLLM prefix": count_flops(lambda: model.prefix()[0].last_hidden_state),
-        "adapter": count_flops(model.adapt, backward=True),
-        "query rows": count_flops(lambda: model.query(cache), backward=True),
-        "generator": count_flops(model.generate, backward=True),
-    }
+    flops = model.flops(cached_latents, cached_vision_tokens)
     if not gradient_checkpointing:
         model.enable_checkpointing()
     # The inputs of all blocks, and what one of them makes when it runs again: of equal blocks, by their number.

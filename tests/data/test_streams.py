@@ -15,7 +15,8 @@ from accelerate.utils import DataLoaderConfiguration
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from iomm_hf.data.streams import MixedStream, SampleStream, SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import MixedStream, SampleStream, build_stream
 
 
 def png(number, size=(12, 10)):

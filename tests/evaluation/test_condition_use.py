@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.condition_use import measure_condition_use
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule

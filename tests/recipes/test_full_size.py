@@ -292,7 +292,8 @@ def test_every_config_runs_on_two_ranks(hub, tmp_path):
 
 LAYOUTS = """
 import json, sys
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 for source, count in json.loads(sys.argv[1]):
     epoch = {}
     for sample in SampleStream(SourceConfig(**source), block_size=4):

@@ -9,7 +9,8 @@ import torch
 
 from iomm_hf.data.cache import CACHE_FILE
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.streams import SampleStream, SourceConfig
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
 from iomm_hf.tiny import tiny_encoder, tiny_vae
 from iomm_hf.training import FinetuneConfig, train
 

@@ -19,7 +19,8 @@ from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes import corpus_scene, render
 from iomm_hf.data.shapes_chat import shapes_chat
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
 from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.tiny import tiny_vae
 from iomm_hf.training.stage0 import Budget

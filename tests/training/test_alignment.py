@@ -5,7 +5,8 @@ import torch
 
 from iomm_hf.data.cache import Cached
 from iomm_hf.data.collate import IOMMCollator
-from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
 from iomm_hf.presets import build_transformer, get_preset
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig

@@ -111,6 +111,20 @@ def test_killed_and_resumed_stage_2_equals_an_unbroken_run(settings, parts, tmp_
     assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
 
 
+def test_killed_and_resumed_between_aspect_ratios_equals_an_unbroken_run(settings, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40 + 7 * i, 160 - 5 * i), (12 * i, 0, 90)).save(folder / f"{i}.png")
+    settings |= {"images": [str(folder)], "aspect_ratios": ["1:2", "1:1", "2:1"], "num_workers": 2}
+    train(PretrainConfig(**settings | {"output_dir": str(tmp_path / "unbroken")}))
+    with killed_in_step(7):
+        train(PretrainConfig(**settings))
+    train(PretrainConfig(**settings))
+    for name in ("checkpoint-00000008", "checkpoint-00000012"):
+        assert same_state(tmp_path / "unbroken" / name, Path(settings["output_dir"]) / name)
+
+
 def test_killed_and_resumed_with_muon_equals_an_unbroken_run(settings, flux, tmp_path):
     # A generator of next to nothing: Muon iterates in bf16, which some CPUs only emulate.
     sizes = {"num_single_layers": 1, "num_attention_heads": 1}
@@ -214,6 +228,14 @@ def test_resuming_with_other_settings_is_refused(settings):
     assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(settings):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    state = list_checkpoints(Path(settings["output_dir"]))[-1] / "state/rank-0.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "recent"}))
+    with pytest.raises(ValueError, match="checkpoint-00000004 was written by an earlier iomm-hf.*--init_from"):
+        train(PretrainConfig(**settings))
+
+
 def test_the_adapter_has_its_own_rate(settings):
     config = PretrainConfig(**settings | {"max_steps": 1, "warmup_steps": 0, "adapter_learning_rate": 1e-5})
     train(config)
@@ -274,6 +296,8 @@ def test_a_caption_longer_than_the_mllm_takes_is_skipped_and_counted(settings, p
         ({"mllm": "/nowhere/mllm"}, "/nowhere/mllm"),
         ({"resolution": 60}, "multiple of 16, got 60"),
         ({"images": ["/nowhere/images"]}, "/nowhere/images"),
+        ({"aspect_ratios": ["1:1", "1.5"]}, "got '1.5'"),
+        ({"aspect_ratios": ["1:1", "9:10"]}, "both 64x64 pixels"),
         ({"max_steps": 4, "init_from": "x"}, "brings its own mllm, vae"),
     ],
 )

@@ -28,19 +28,20 @@ class IOMMCollator:
 
     Args:
         processor ([`IOMMProcessor`]): Builds the token sequences.
-        resolution (`int`): Side of the training picture: shorter edge resized to it, centre cropped.
+        resolution (`int`): Side of the training picture: shorter edge resized to it, centre cropped. Samples that name
+            their `size`, as those of [`~iomm_hf.data.buckets.BucketedStream`] do, are cropped to that instead.
         condition_dropout (`float`, *optional*, defaults to 0.1): The paper states none; 10 % is our choice.
         seed (`int`, *optional*, defaults to 0): The run's seed.
 
     Returns:
         `dict` with `input_ids` and `attention_mask` (B, L), `pixel_values` (images, 3, h, w) where the batch has any,
-        `pixels` (B, 3, resolution, resolution) as uint8, `seed` and `source` (B,), `keys` (B strings), `num_captions` and `skipped`
+        `pixels` (B, 3, height, width) as uint8, `seed` and `source` (B,), `keys` (B strings), `num_captions` and `skipped`
         ({reason: count} of bad samples met on the way). From cached samples, `latent_mean` and `latent_logvar`
         (B, C, h, w) replace `pixels`, `image_features` (images, tokens, D) `pixel_values`, and where all samples have
         them there are `vision_tokens` (B, tokens, D), captioned or not.
 
     Raises:
-        `ValueError`: cached samples and others in one batch.
+        `ValueError`: cached samples and others in one batch, or samples of several sizes.
     """
 
     def __init__(self, processor: IOMMProcessor, resolution: int, condition_dropout: float = 0.1, seed: int = 0):
@@ -55,12 +56,16 @@ class IOMMCollator:
         cached = [sample["cached"] for sample in samples]
         if any(cached) and not all(cached):
             raise ValueError("Some sources of the run are cached and some are not: precompute all of them, or none.")
+        sizes = {sample.get("size", (self.resolution, self.resolution)) for sample in samples}
+        if len(sizes) > 1:
+            raise ValueError(f"Samples of {sorted(sizes)} in one batch: bucket them by the loader's own batch size.")
+        [size] = sizes
         conversations, pixels, seeds = [], [], []
         skipped: dict[str, int] = {}
         for sample in samples:
             image = sample["image"]
             if sample["cached"] is None:
-                image = resize_and_crop(image, self.resolution)
+                image = resize_and_crop(image, size)
                 pixels.append(to_tensor(image))
             seeds.append(sample_seed(self.seed, sample["key"], sample["epoch"]))
             conversations.append(self._conversation(image, sample["caption"], seeds[-1]))

@@ -92,18 +92,19 @@ def load_image(value: Any, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_
     return _to_rgb(image)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """
-    Bring the shorter edge to `size` and keep the centre: the paper's preparation of every training picture.
+    Scale a picture until it just covers `size` and keep the centre: for squares, the paper's preparation of every training
+    picture (shorter edge to `size`, centre crop).
 
     Args:
         image (`PIL.Image.Image`):
             A picture of any size and aspect ratio.
-        size (`int`):
-            Width and height of the result in pixels.
+        size (`int` or `tuple[int, int]`):
+            Side of a square, or width and height of the result, in pixels.
 
     Returns:
-        `PIL.Image.Image` of exactly `size` x `size` pixels.
+        `PIL.Image.Image` of exactly that size.
 
     Example:
 
@@ -112,14 +113,22 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     >>> from iomm_hf.data.images import resize_and_crop
     >>> resize_and_crop(Image.new("RGB", (640, 427)), 512).size
     (512, 512)
+    >>> resize_and_crop(Image.new("RGB", (640, 427)), (624, 416)).size
+    (624, 416)
     ```
     """
-    if size < 1:
+    width, height = (size, size) if isinstance(size, int) else size
+    if width < 1 or height < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    # The centre square goes straight to the result: resizing first would turn an 8x8000 strip into 512x512000 pixels.
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    # The part that is kept goes straight to the result: resizing first would turn an 8x8000 strip into 512x512000 pixels.
+    kept_width, kept_height = float(image.width), float(image.height)
+    if image.width * height > image.height * width:
+        kept_width = image.height * width / height
+    else:
+        kept_height = image.width * height / width
+    left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
+    box = (left, top, left + kept_width, top + kept_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":

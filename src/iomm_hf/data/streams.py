@@ -6,122 +6,38 @@ block) and decodes them one by one. The state is the place where the block start
 again. Getting to a place costs about 0.15 ms a sample in a tar and next to nothing in parquet files and image folders.
 """
 
-import glob
 import hashlib
 import json
 import logging
 import math
-import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import fsspec
 import numpy as np
-from datasets.data_files import DataFilesDict, DataFilesList
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .cache import CACHE_COLUMN, read_cache_info, unpack
-from .images import MAX_PIXELS, MIN_SIDE, BadImage, load_image
+from .images import BadImage, load_image
+from .sources import (
+    RETRIES,
+    SourceConfig,
+    check_end_of_tar,
+    ending,
+    find_image_column,
+    open_source,
+    read_captions,
+    stem,
+)
 
 
 logger = logging.getLogger(__name__)
 
-READERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".parquet": "parquet"}
-READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "imagefolder")
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-RETRIES = 3  # of what looks damaged and is not on this machine
 MAX_WARNINGS = 5  # detailed ones, for each reason and reader
-
-
-@dataclass
-class SourceConfig:
-    """
-    One source of pictures.
-
-    Args:
-        path (`str`):
-            A local folder of tars, parquet files or image files, all of which are read; a path or glob that ends in
-            `.tar`, `.tar.gz` or `.parquet` and may start with `hf://datasets/`; or the id of a data set on the Hub. For
-            an id, `datasets` sorts files into splits by their names and can leave some out: BLIP3o-60k, where one name
-            says "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`. A glob is
-            pinned by a revision behind the id: `hf://datasets/BLIP3o/BLIP3o-60k@<commit>/*.tar`.
-        config (`str`, *optional*):
-            Name of the configuration, for a Hub id.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split to read, for a Hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit, for a Hub id.
-        image_column (`str`, *optional*):
-            Column of the picture. If left out: the only one of type `Image`, or the first named image, jpg, jpeg, png
-            or webp.
-        caption_column (`str`, *optional*):
-            Column of the text, or a key inside a column (`json.prompt`). `None` reads no captions.
-        caption_file (`str`, *optional*):
-            For tars of pictures whose texts lie in one list beside them: that `.json` or `.jsonl` file, local or
-            `hf://datasets/...`. `caption_column` then names the text in its records. Text and picture are joined by file
-            name, without folder and ending.
-        file_column (`str`, *optional*, defaults to `"file_name"`):
-            The picture's path in the records of `caption_file`.
-        weight (`float`, *optional*, defaults to 1.0):
-            Share among the sources of its group.
-        exclude (`list[str]`, *optional*):
-            Glob patterns of file names to leave out, such as `geneval_train*`. Each must match a file.
-        min_side (`int`, *optional*, defaults to 8):
-            Shorter edge, in pixels, below which a picture is skipped.
-        max_pixels (`int`, *optional*, defaults to 64 Mpx):
-            Width x height above which a picture is skipped before it is decoded.
-
-    Example:
-
-    ```python
-    >>> from iomm_hf.data.streams import SourceConfig
-    >>> SourceConfig("jackyhate/text-to-image-2M", caption_column="json.prompt").split
-    'train'
-    ```
-    """
-
-    path: str = field(
-        metadata={"help": "Folder, glob of .tar, .tar.gz or .parquet files, or id of a data set on the Hub."}
-    )
-    config: str | None = field(default=None, metadata={"help": "Name of the configuration, for a Hub id."})
-    split: str = field(default="train", metadata={"help": "Split to read, for a Hub id."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, for a Hub id."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the picture; found if left out."})
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the text, or a key inside one (json.prompt); none: no captions."}
-    )
-    caption_file: str | None = field(
-        default=None, metadata={"help": "List of the texts beside tars of pictures, .json or .jsonl."}
-    )
-    file_column: str = field(default="file_name", metadata={"help": "The picture's path in a record of caption_file."})
-    weight: float = field(default=1.0, metadata={"help": "Share among the sources of its group."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Glob patterns of file names to leave out."})
-    min_side: int = field(default=MIN_SIDE, metadata={"help": "Shorter edge below which a picture is skipped, px."})
-    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Width x height above which a picture is skipped."})
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty: expected a folder, a glob or the id of a data set on the Hub")
-        if isinstance(self.exclude, str):
-            raise ValueError(f"exclude must be a list of glob patterns, got the string {self.exclude!r}")
-        if self.caption_file is not None and self.caption_column is None:
-            raise ValueError(f"caption_file {self.caption_file!r} needs a caption_column: the text in its records")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"weight of {self.path!r} must be a positive number, got {self.weight}")
-        if self.min_side < 1:
-            raise ValueError(f"min_side of {self.path!r} must be at least 1 pixel, got {self.min_side}")
-        if self.max_pixels < self.min_side**2:
-            raise ValueError(f"max_pixels of {self.path!r} must be at least min_side squared, got {self.max_pixels}")
 
 
 class _Raw(NamedTuple):
@@ -173,7 +89,8 @@ class SampleStream(IterableDataset):
     ```python
     >>> import tempfile
     >>> from PIL import Image
-    >>> from iomm_hf.data.streams import SampleStream, SourceConfig
+    >>> from iomm_hf.data.sources import SourceConfig
+    >>> from iomm_hf.data.streams import SampleStream
     >>> folder = tempfile.mkdtemp()
     >>> Image.new("RGB", (32, 24), "red").save(f"{folder}/red.png")
     >>> sample = next(iter(SampleStream(SourceConfig(folder))))
@@ -199,15 +116,15 @@ class SampleStream(IterableDataset):
             )
         self.source, self.seed, self.block_size = source, seed, block_size
         self.rank, self.world_size, self.max_caption_bytes = rank, world_size, max_caption_bytes
-        dataset, self.files = _open(source)
+        dataset, self.files = open_source(source)
         present = dataset.column_names or []
-        columns = [source.image_column or _find_image_column(source, dataset)]
+        columns = [source.image_column or find_image_column(source, dataset)]
         self.caption_key = ""
         self.captions: dict[str, str] | None = None
         if source.caption_file is not None:
             if "__key__" not in present:
                 raise ValueError(f"caption_file goes with tars, which {source.path!r} is none of")
-            self.captions = _read_captions(source)
+            self.captions = read_captions(source)
         elif source.caption_column is not None:
             column = source.caption_column
             if column not in present:  # asked first, because a column's own name may hold a dot
@@ -252,13 +169,13 @@ class SampleStream(IterableDataset):
 
         With data loader workers each worker has its own state: save and load through torchdata's `StatefulDataLoader`.
         """
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         state = self.state_dict()
         # Once more, for a stream that was iterated or loaded here and is now read by a worker.
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         consumer, _ = _consumer(self.rank, self.world_size)
         self._skipped.clear()
         while True:
@@ -310,13 +227,13 @@ class SampleStream(IterableDataset):
                         if take_whole_shards or (shard + index) % num_consumers == consumer:
                             values = [row[column][0] for column in self.columns]
                             if self.captions is not None:
-                                values.append(self.captions.get(_stem(row["__key__"][0])))
+                                values.append(self.captions.get(stem(row["__key__"][0])))
                             origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
                             key = f"{self.fingerprint}/{shard}/{index}"
                             cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
                             yield _Raw(key, origin, values[0], values[-1], cache, position, index)
-                    if self.in_tars and "://" not in file:
-                        _check_end_of_tar(file)
+                    if self.in_tars and ending(Path(file)) == ".tar":
+                        check_end_of_tar(file)
                     break
                 except (tarfile.TarError, EOFError, ValueError, OSError) as error:
                     # pyarrow's word for damaged bytes is a bare OSError; the disk's have a number, the network's a class.
@@ -423,7 +340,7 @@ class MixedStream(IterableDataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same streams, weights and seed; any other raises a `ValueError`."""
-        _check_identity(state["identity"], self._identity())
+        check_identity(state["identity"], self._identity())
         for stream, stream_state in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         self._draws = state["draws"]
@@ -515,131 +432,6 @@ def build_stream(
     return MixedStream(streams, weights, seed=seed)
 
 
-def _open(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:
-    """The streaming data set of a source and its files in order; those of tars and parquet are its shards."""
-    path = Path(source.path)
-    reader = None  # for a Hub id `datasets` finds the reader by itself
-    if path.is_dir():
-        reader, pattern = _detect_reader(path), f"{glob.escape(str(path))}/**"
-    elif source.path.endswith((".tar", ".tar.gz", ".parquet")):
-        reader, pattern = READERS[_ending(path)], source.path
-    elif path.exists() or not HUB_ID.fullmatch(source.path):
-        raise ValueError(
-            f"cannot open {source.path!r}: expected a folder that exists, a path or glob that ends in .tar, .tar.gz or "
-            ".parquet, or the id of a data set on the Hub"
-        )
-    if reader and (source.config, source.split, source.revision) != (None, "train", None):
-        raise ValueError(f"config, split and revision are for Hub ids, leave them out for {source.path!r}")
-    try:
-        if reader:
-            builder = datasets.load_dataset_builder(reader, data_files={"train": pattern})
-        else:
-            builder = datasets.load_dataset_builder(source.path, source.config, revision=source.revision)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"cannot open {source.path!r}, neither here nor on the Hub: {error}") from error
-
-    if source.split not in builder.config.data_files:
-        raise ValueError(f"{source.path!r} has no split {source.split!r}, only {list(builder.config.data_files)}")
-    found = builder.config.data_files[source.split]
-    files = sorted(file for file in found if not reader or _is_read_by(reader, file))
-    if not files:
-        raise ValueError(f"cannot open {source.path!r}: no file goes by this name")
-    for pattern in source.exclude:
-        kept = [file for file in files if not fnmatch(Path(file).name, pattern)]
-        if len(kept) == len(files):
-            raise ValueError(f"exclude {pattern!r} matches none of the files of {source.path!r}: {files[:20]}")
-        files = kept
-    if not files:
-        raise ValueError(f"exclude {source.exclude} leaves no file of {source.path!r}")
-    if len([file for file in files if Path(file).name in METADATA_FILES]) > 1:
-        # `datasets` keeps them in a set: their order, and with it the key of every picture, changes by the process.
-        raise ValueError(f"{source.path!r} has several metadata files, whose order is not fixed: make them one")
-    builder.config.data_files = DataFilesDict({source.split: DataFilesList(files, found.origin_metadata)})
-    for attempt in range(RETRIES + 1):
-        try:
-            return builder.as_streaming_dataset(split=source.split), files
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            if "://" not in files[0] or attempt == RETRIES:  # a cut connection looks like damage
-                message = f"the first file of {source.path!r}, {files[0]}, is empty or damaged: {error}"
-                raise ValueError(message) from error
-    raise AssertionError("unreachable")
-
-
-def _is_read_by(reader: str, file: str | Path) -> bool:
-    """Whether a file belongs to a reader: the folders also hold notes, licences and lists."""
-    file = Path(file)
-    if file.name in METADATA_FILES:
-        return reader == "imagefolder"
-    return READERS.get(_ending(file)) == reader
-
-
-def _ending(file: Path) -> str:
-    """Its key in `READERS`, if it has one; names may hold other dots."""
-    return "".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else file.suffixes[-1:]).lower()
-
-
-def _stem(path: str) -> str:
-    """A file's name up to its first dot: what the files of a sample share in a tar."""
-    return Path(path).name.partition(".")[0]
-
-
-def _read_captions(source: SourceConfig) -> dict[str, str]:
-    """The texts of a `caption_file` by the name of their picture, without its folder and ending."""
-    file = str(source.caption_file)
-    try:
-        with fsspec.open(file, "rt", encoding="utf-8") as lines:
-            records = json.load(lines) if file.endswith(".json") else [json.loads(line) for line in lines]
-        captions = {_stem(record[source.file_column]): record[source.caption_column] for record in records}
-    except OSError as error:
-        raise ValueError(f"cannot open caption_file {file!r}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"caption_file {file!r} must hold records with the fields {source.file_column!r} and "
-            f"{source.caption_column!r}, as a list (.json) or one a line (.jsonl): {type(error).__name__}: {error}"
-        ) from error
-    if len(captions) < len(records):
-        raise ValueError(f"caption_file {file!r} names {len(records) - len(captions)} of its pictures twice")
-    return captions
-
-
-def _detect_reader(folder: Path) -> str:
-    """The reader for the files of a folder; hidden ones do not count, as `datasets` passes over them too."""
-    counts: Counter[str] = Counter()
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-        if not hidden and file.name not in METADATA_FILES and _ending(file) in READERS:
-            counts[READERS[_ending(file)]] += 1
-    if len(counts) != 1:
-        raise ValueError(
-            f"expected files of one kind in {str(folder)!r}, either .tar or .parquet or pictures "
-            f"({', '.join(READERS)}), found {dict(counts) or 'none'}; a glob picks one kind among several"
-        )
-    return counts.popitem()[0]
-
-
-def _check_end_of_tar(file: str) -> None:
-    """Raise for a cut inside of a header, which `tarfile` takes for the end without a word."""
-    with open(file, "rb") as archive:
-        if not archive.read(262).endswith(b"ustar"):
-            return  # compressed, or of another dialect
-        archive.seek(-1024, os.SEEK_END)
-        if any(archive.read()):
-            raise tarfile.ReadError("cut short, the 1024 zero bytes at the end of a tar are missing")
-
-
-def _find_image_column(source: SourceConfig, dataset: datasets.IterableDataset) -> str:
-    features = dataset.features or {}
-    of_type_image = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if len(of_type_image) == 1:
-        return of_type_image[0]
-    for name in IMAGE_COLUMNS:
-        if name in features:
-            return name
-    raise ValueError(
-        f"source {source.path!r} has no image column that can be found by itself; name one of {list(features)}"
-    )
-
-
 def _consumer(rank: int, world_size: int) -> tuple[int, int]:
     """Index of this consumer and their number, over all workers of all ranks."""
     worker = get_worker_info()
@@ -648,7 +440,8 @@ def _consumer(rank: int, world_size: int) -> tuple[int, int]:
     return rank * worker.num_workers + worker.id, world_size * worker.num_workers
 
 
-def _check_identity(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_identity(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse the state of another stream with a `ValueError`."""
     differing = {name: (saved.get(name), value) for name, value in expected.items() if saved.get(name) != value}
     if differing:
         raise ValueError(

@@ -7,7 +7,8 @@ compared when it resumes; the few fields in `FREE_ON_RESUME` may differ.
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ..data.streams import SourceConfig
+from ..data.buckets import parse_aspect_ratio
+from ..data.sources import SourceConfig
 from ..flow_matching import TimestepSampling
 
 
@@ -71,6 +72,11 @@ class TrainingConfig:
     mix_ratio: float = setting(1.0, "Share of image-only samples (the paper's lambda); the others are pairs.")
     resolution: int | None = setting(
         None, "Side of the pictures, px: shorter edge resized, centre cropped. Default: the preset's."
+    )
+    aspect_ratios: list[str] | None = setting(
+        None,
+        "Ratios of width to height that batches may have, such as 3:4 1:1 4:3, each with the area of resolution squared;"
+        " a picture goes to the nearest. Not with cached sources. Default: all pictures are squares (paper).",
     )
     shuffle_block: int = setting(1024, "Samples read and shuffled at a time (our choice).")
     num_workers: int = setting(2, "Loader processes a rank.")
@@ -170,6 +176,8 @@ class TrainingConfig:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}.")
         if not 0 <= self.mix_ratio <= 1:
             raise ValueError(f"mix_ratio must be in [0, 1], got {self.mix_ratio}.")
+        for ratio in self.aspect_ratios or []:
+            parse_aspect_ratio(ratio)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
 

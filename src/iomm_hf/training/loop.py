@@ -29,9 +29,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
+from ..data.buckets import BucketedStream, bucket_sizes
 from ..data.collate import IOMMCollator, sample_seed
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
@@ -124,8 +126,12 @@ def train(config: TrainingConfig) -> Path:
     )
     check_caches(stream, pipeline, resolution)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
+    samples: IterableDataset = stream
+    if config.aspect_ratios:
+        sizes = bucket_sizes(config.aspect_ratios, resolution, pipeline.size_multiple)
+        samples = BucketedStream(stream, sizes, config.batch_size, seed=config.seed)
     loader = StatefulDataLoader(
-        stream,
+        samples,
         batch_size=config.batch_size,
         collate_fn=collator,
         num_workers=config.num_workers,
@@ -174,6 +180,11 @@ def train(config: TrainingConfig) -> Path:
     recent: list[dict[str, float]] = []  # losses since the last line of the log
     if checkpoint is not None:
         rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
+        if "recent" not in rank_state:
+            raise ValueError(
+                f"{checkpoint} was written by an earlier iomm-hf, which did not keep all that an exact resume needs. Go on"
+                f" with the version and commit in run.json, or start a new output_dir with --init_from {checkpoint}."
+            )
         loader.load_state_dict(rank_state["loader"])
         for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):
             scheduler.load_state_dict(state)
