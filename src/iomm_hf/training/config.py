@@ -117,6 +117,11 @@ class TrainingConfig:
     compile: bool = setting(
         False, "Compile the generator with torch.compile (our choice); it needs a C++ compiler on CPUs."
     )
+    fully_shard: bool = setting(
+        False,
+        "Divide trained weights, gradients, optimizer states and averages among the ranks (FSDP2), where one device cannot hold"
+        " them.",
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Everything random derives from it.")
 
@@ -172,6 +177,8 @@ class TrainingConfig:
             raise ValueError(f"mix_ratio must be in [0, 1], got {self.mix_ratio}.")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
+        if self.fully_shard and self.compile:
+            raise ValueError("compile has not been tried on sharded weights: turn off either it or fully_shard.")
 
     @property
     def image_sources(self) -> list[SourceConfig]:
