@@ -59,8 +59,6 @@ class IOMMTrainingModule(nn.Module):
         self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
         self.alignment = alignment
         self.alignment_weight = alignment_weight
-        # Class names of the blocks that a sharded run gathers one by one.
-        self.no_split_modules: list[str] = transformer._no_split_modules or []
 
     def train(self, mode: bool = True) -> "IOMMTrainingModule":
         super().train(mode)

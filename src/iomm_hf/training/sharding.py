@@ -1,10 +1,12 @@
 """Several ranks: one builds the model for all, and FSDP2 divides what trains among them.
 
 Only the first rank reads weights or draws fresh ones; the others get the model's outline, without a byte of weights, and
-then their part of it, one tensor at a time. So host memory does not grow with the ranks, and no rank ever holds
-all trained weights on its device. What Accelerate would do instead under FSDP2 (1.15) does not fit here: on CPU ranks it turns into DDP
-without a word, its checkpoints pair each optimizer with a model of its own (Muon and AdamW share one) and hold the frozen parts too, and
-its bf16 policy rounds what enters the model, times and positions included, where autocast does not.
+then what is theirs, one tensor at a time. So host memory does not grow with the ranks, and under FSDP2 no device ever
+holds all trained weights. Weights, gradients and reductions are float32, autocast computes in bf16, as under DDP.
+
+FSDP2 is called directly, on CPUs and GPUs alike. Through Accelerate (1.15) it turns into DDP on CPU ranks without a word, its
+checkpoints pair each optimizer with a model of its own (Muon and AdamW share one) and hold the frozen parts too, and its
+bf16 policy rounds what enters the model, times and positions included, where autocast does not.
 """
 
 import copy
@@ -48,7 +50,8 @@ def shard(module: IOMMTrainingModule, accelerator: Accelerator):
     """Divides what trains among all ranks: each block of the generator that its class names (`_no_split_modules`) is
     gathered when it runs, everything around them at once. Frozen weights stay whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = [part for part in module.transformer.modules() if type(part).__name__ in module.no_split_modules]
+    names = module.transformer._no_split_modules or []
+    blocks = [part for part in module.transformer.modules() if type(part).__name__ in names]
     for block in reversed(blocks):  # inner ones first
         fully_shard(block, mesh=mesh)
     fully_shard(
