@@ -457,8 +457,16 @@ class IOMMPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         self.text_encoder.save_pretrained(folder / "text_encoder", include_frozen=False)
         self.transformer.save_pretrained(folder / "transformer", **kwargs)
+        self.save_frame(folder, include_frozen=False)
+
+    def save_frame(self, folder: Path, include_frozen: bool):
+        """Writes what the pipeline folder holds beside encoder and generator, whose weights a sharded run writes itself."""
         self.processor.save_pretrained(folder / "processor")
         self.scheduler.save_pretrained(folder / "scheduler")
+        if include_frozen:
+            self.vae.save_pretrained(folder / "vae")
+            self.save_config(folder)
+            return
         index = self.config["vae"]
         self.register_to_config(vae=(None, None))
         try:

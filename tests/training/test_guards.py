@@ -142,6 +142,13 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch, variabl
 
 
 @pytest.mark.parametrize("strategy", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_runs_are_refused_at_the_start(strategy):
-    with pytest.raises(RuntimeError, match=f"Launched with {strategy.value}, but checkpoints"):
+def test_strategies_of_accelerate_that_shard_are_refused_at_the_start(strategy):
+    with pytest.raises(RuntimeError, match=f"Launched with {strategy.value}, .* set --fully_shard true"):
         check_strategy(SimpleNamespace(num_processes=1, distributed_type=strategy))  # no CPU run has one
+
+
+def test_one_process_cannot_divide_the_weights(settings):
+    with pytest.raises(RuntimeError, match="among several processes, but there is one"):
+        train(PretrainConfig(**settings | {"fully_shard": True}))
+    with pytest.raises(ValueError, match="turn off either it or fully_shard"):
+        PretrainConfig(**settings | {"fully_shard": True, "compile": True})

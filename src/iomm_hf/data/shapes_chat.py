@@ -156,7 +156,7 @@ def read(rng: np.random.Generator) -> Turn:
 
     ```python
     >>> print(*read(np.random.default_rng(0)), sep=" -> ")
-    a purple heart right of a red square: what is left of the heart? -> a red square
+    In order: a heart right of a square -> a square left of a heart
     ```
     """
     count = rng.integers(2, 5)

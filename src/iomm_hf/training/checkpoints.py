@@ -1,7 +1,9 @@
 """Checkpoints of a run: a pipeline folder anybody can load, plus `state/`, what an exact resume needs.
 
 A checkpoint is written under a temporary name and renamed, so it is there whole or not at all; frozen weights stay out of
-it and are referenced. `state/` is local: JSON, safetensors and Accelerate's own files, never published.
+it and are referenced. `state/` is local: JSON, safetensors and torch files read with `weights_only`, never published. Of
+sharded weights every rank writes and reads its own part there, and the generator's files are shared out among the ranks: none
+gathers the whole.
 """
 
 import json
@@ -13,12 +15,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from ..pipeline_iomm import IOMMPipeline
-from .module import IOMMTrainingModule
+from .module import IOMMTrainingModule, local_part
 
 
 STATE = "state"
@@ -88,21 +96,27 @@ def ema_weights(ema: EMAModel | None, module: IOMMTrainingModule):
         ema.restore(parameters)
 
 
-def keep_frozen_out(accelerator: Accelerator, module: IOMMTrainingModule):
-    """Makes Accelerate's save_state and load_state handle trained weights alone, as one safetensors file."""
+def keep_models_out(accelerator: Accelerator):
+    """Makes Accelerate's save_state and load_state handle random states alone: it would write frozen weights too."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, output_dir: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, input_dir: models.clear())
 
-    def save(models: list, weights: list, output_dir: str):
-        weights.clear()
-        if accelerator.is_main_process:
-            state = {name: tensor.contiguous() for name, tensor in module.trainable_state().items()}
-            save_file(state, Path(output_dir) / "trainable.safetensors")
 
-    def load(models: list, input_dir: str):
-        models.clear()
-        load_tensors(module.trainable_state(), load_file(Path(input_dir) / "trainable.safetensors"))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]):
+    """Restores an optimizer's state; tensors that belong to a sharded weight are this rank's parts."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, state in saved["state"].items():
+        weight = weights[number]
+        if isinstance(weight, DTensor):
+            saved["state"][number] = {
+                name: DTensor.from_local(
+                    tensor, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                )
+                if tensor.dim()  # not the count of steps
+                else tensor
+                for name, tensor in state.items()
+            }
+    optimizer.load_state_dict(saved)
 
 
 def load_tensors(targets: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]):
@@ -115,37 +129,112 @@ def load_tensors(targets: dict[str, torch.Tensor], saved: dict[str, torch.Tensor
         target.copy_(saved[name])
 
 
+def save_pipeline(
+    folder: Path,
+    accelerator: Accelerator,
+    pipeline: IOMMPipeline,
+    module: IOMMTrainingModule,
+    include_frozen: bool,
+):
+    """Writes the pipeline folder from the weights that the module holds; every rank must call it."""
+    if not isinstance(module, FSDPModule):
+        if accelerator.is_main_process:
+            pipeline.save_pretrained(folder, include_frozen=include_frozen)
+        return
+    encoder = {
+        name: whole(tensor) for name, tensor in pipeline.text_encoder.state_dict().items()
+    }  # little of it trains
+    if accelerator.is_main_process:
+        pipeline.text_encoder.save_pretrained(
+            folder / "text_encoder", include_frozen=include_frozen, state_dict=encoder
+        )
+        pipeline.transformer.save_config(folder / "transformer")
+        pipeline.save_frame(folder, include_frozen)
+    accelerator.wait_for_everyone()
+    save_in_parts(folder / "transformer", accelerator, pipeline.transformer)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor, gathered on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_in_parts(folder: Path, accelerator: Accelerator, model: ModelMixin, max_shard_size: str = "5GB"):
+    """Writes a sharded model as [`~diffusers.ModelMixin.save_pretrained`] would. Its tensors are gathered one by one, and
+    the ranks take turns at the files, so a rank holds one tensor on its device and one file in memory at a time."""
+    state = model.state_dict()
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()},
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for number, (filename, names) in enumerate(plan.filename_to_tensors.items()):
+        mine = number % accelerator.num_processes == accelerator.process_index
+        part = {}
+        for name in names:
+            tensor = whole(state[name])
+            if mine:
+                part[name] = tensor.cpu().contiguous()
+        if mine:
+            save_file(part, folder / filename, metadata={"format": "pt"})
+    if plan.is_sharded and accelerator.is_main_process:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+
+
+def state_file(state: Path, name: str, accelerator: Accelerator, module: IOMMTrainingModule) -> Path:
+    """Where a rank keeps its part of what is sharded, or the first rank what is whole."""
+    if isinstance(module, FSDPModule):
+        name = name.replace(".", f"-rank-{accelerator.process_index}.")
+    return state / name
+
+
+def optimizer_name(number: int) -> str:
+    return f"optimizer_{number}.bin" if number else "optimizer.bin"
+
+
 def save_checkpoint(
     path: Path,
     accelerator: Accelerator,
     pipeline: IOMMPipeline,
     module: IOMMTrainingModule,
+    optimizers: list[Optimizer],
     ema: EMAModel | None,
     rank_state: dict[str, Any],
     trainer_state: dict[str, Any],
 ):
     """Writes one checkpoint. The pipeline folder holds the averaged weights where there are any."""
     with whole_folder(path, accelerator) as folder:
-        if accelerator.is_main_process:
-            with ema_weights(ema, module):
-                pipeline.save_pretrained(folder, include_frozen=False)
+        with ema_weights(ema, module):
+            save_pipeline(folder, accelerator, pipeline, module, include_frozen=False)
         state = folder / STATE
         accelerator.save_state(str(state))
         write_json(state / f"rank-{accelerator.process_index}.json", rank_state)
+        if accelerator.is_main_process or isinstance(module, FSDPModule):
+            trained = {name: tensor.contiguous() for name, tensor in module.trainable_state().items()}
+            save_file(trained, state_file(state, "trainable.safetensors", accelerator, module))
+            for number, optimizer in enumerate(optimizers):
+                # Positions in a list, not names: parts are tensors like any other.
+                parts = tree_map(local_part, optimizer.state_dict())
+                torch.save(parts, state_file(state, optimizer_name(number), accelerator, module))
+            if ema is not None:
+                averaged = dict(zip(trained, ema.shadow_params, strict=True))
+                save_file(averaged, state_file(state, "ema.safetensors", accelerator, module))
         if accelerator.is_main_process:
             if ema is not None:
-                save_file(
-                    dict(zip(module.trainable_state(), ema.shadow_params, strict=True)), state / "ema.safetensors"
-                )
                 trainer_state = trainer_state | {"ema_steps": ema.optimization_step}
             write_json(state / "trainer.json", trainer_state)
 
 
 def load_checkpoint(
-    path: Path, accelerator: Accelerator, module: IOMMTrainingModule, ema: EMAModel | None
+    path: Path,
+    accelerator: Accelerator,
+    module: IOMMTrainingModule,
+    optimizers: list[Optimizer],
+    ema: EMAModel | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     r"""
-    Restores weights, averages, optimizer and random states; returns this rank's and the trainer's state.
+    Restores weights, averages, optimizers and random states; returns this rank's and the trainer's state.
 
     Raises:
         `ValueError`: the run had another number of ranks.
@@ -158,10 +247,16 @@ def load_checkpoint(
             f" {accelerator.num_processes}. Launch as many, or start a new output_dir with --init_from {path}."
         )
     accelerator.load_state(str(state))
-    if ema is not None:
-        load_tensors(
-            dict(zip(module.trainable_state(), ema.shadow_params, strict=True)), load_file(state / "ema.safetensors")
+    trained = module.trainable_state()
+    load_tensors(trained, load_file(state_file(state, "trainable.safetensors", accelerator, module)))
+    for number, optimizer in enumerate(optimizers):
+        parts = torch.load(
+            state_file(state, optimizer_name(number), accelerator, module), map_location="cpu", weights_only=True
         )
+        load_optimizer(optimizer, parts)
+    if ema is not None:
+        averaged = dict(zip(trained, ema.shadow_params, strict=True))
+        load_tensors(averaged, load_file(state_file(state, "ema.safetensors", accelerator, module)))
         ema.optimization_step = trainer_state["ema_steps"]
     rank_state = json.loads((state / f"rank-{accelerator.process_index}.json").read_text())
     return rank_state, trainer_state

@@ -123,6 +123,11 @@ class TrainingConfig:
     compile: bool = setting(
         False, "Compile the generator with torch.compile (our choice); it needs a C++ compiler on CPUs."
     )
+    fully_shard: bool = setting(
+        False,
+        "Divide trained weights, gradients, optimizer states and averages among the ranks (FSDP2), where one device cannot hold"
+        " them.",
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Everything random derives from it.")
 
@@ -180,6 +185,8 @@ class TrainingConfig:
             parse_aspect_ratio(ratio)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
+        if self.fully_shard and self.compile:
+            raise ValueError("compile has not been tried on sharded weights: turn off either it or fully_shard.")
 
     @property
     def image_sources(self) -> list[SourceConfig]:

@@ -29,13 +29,13 @@ USUAL = 20  # rows of the log whose median loss is the usual one
 STRATEGIES = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
 
 
-def check_strategy(accelerator: Accelerator):
+def check_strategy(accelerator: Accelerator, fully_shard: bool = False):
     r"""
-    Whether the run is distributed as the launcher asked: on CPU ranks Accelerate turns FSDP into DDP without a word.
+    Whether the run is distributed as launcher and settings asked: on CPU ranks Accelerate turns FSDP into DDP without a word.
 
     Raises:
-        `RuntimeError`: another strategy, or another number of processes, is in force; or one that divides the weights among
-            ranks, whose checkpoints cannot be written yet: that would show hours later.
+        `RuntimeError`: another strategy, or another number of processes, is in force; or one that Accelerate would run in
+            a way that the loop's checkpoints do not fit: that would show hours later.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -47,12 +47,17 @@ def check_strategy(accelerator: Accelerator):
         if parse_flag_from_env(variable) and accelerator.distributed_type != strategy:
             raise RuntimeError(
                 f"{variable} asks for {strategy.value}, but Accelerate runs {accelerator.distributed_type.value}:"
-                " that strategy needs GPUs. Use recipes/accelerate/ddp.yaml or cpu.yaml."
+                " that strategy needs GPUs. Use recipes/accelerate/ddp.yaml or cpu.yaml; --fully_shard true shards the weights."
             )
     if accelerator.distributed_type in STRATEGIES.values():
         raise RuntimeError(
-            f"Launched with {accelerator.distributed_type.value}, but checkpoints of sharded weights cannot be written yet."
-            " Use recipes/accelerate/ddp.yaml, which leaves the model whole on every GPU."
+            f"Launched with {accelerator.distributed_type.value}, whose checkpoints the loop cannot write. Use"
+            " recipes/accelerate/ddp.yaml; to shard the weights, set --fully_shard true with it."
+        )
+    if fully_shard and accelerator.num_processes == 1:
+        raise RuntimeError(
+            "fully_shard divides the weights among several processes, but there is one. Launch more (recipes/accelerate/),"
+            " or turn it off."
         )
 
 

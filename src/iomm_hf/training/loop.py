@@ -28,6 +28,7 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -44,12 +45,13 @@ from .checkpoints import (
     TEMPORARY,
     checkpoint_name,
     ema_weights,
-    keep_frozen_out,
+    keep_models_out,
     list_checkpoints,
     load_checkpoint,
     remove_leftovers,
     rotate,
     save_checkpoint,
+    save_pipeline,
     whole_folder,
     write_json,
 )
@@ -58,14 +60,8 @@ from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, lea
 from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import (
-    build_alignment,
-    build_pipeline,
-    check_caches,
-    frozen_on_hub,
-    frozen_references,
-    software,
-)
+from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references, software
+from .sharding import build_once, gathered, place
 
 
 logger = logging.getLogger(__name__)
@@ -96,18 +92,18 @@ def train(config: TrainingConfig) -> Path:
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tracker")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    check_strategy(accelerator)
+    check_strategy(accelerator, config.fully_shard)
     set_seed(config.seed)
     checkpoint = open_run(config, output_dir, accelerator)
 
     # 1. Parts
     if checkpoint is None:
-        pipeline = build_pipeline(config)
+        pipeline = build_once(lambda: build_pipeline(config), accelerator)
         if accelerator.is_main_process:
             start = {**software(), "config": config.to_dict(), "frozen": frozen_references(pipeline)}
             write_json(output_dir / "run.json", start)
     else:
-        pipeline = IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+        pipeline = build_once(lambda: IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32), accelerator)
     resolution = config.resolution or pipeline.resolution
     if resolution % pipeline.size_multiple:
         raise ValueError(f"resolution must be a multiple of {pipeline.size_multiple}, got {resolution}.")
@@ -124,7 +120,8 @@ def train(config: TrainingConfig) -> Path:
         world_size=accelerator.num_processes,
         max_caption_bytes=caption_room(pipeline),
     )
-    check_caches(stream, pipeline, resolution)
+    if accelerator.is_main_process:  # the others have no weights yet
+        check_caches(stream, pipeline, resolution)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
     samples: IterableDataset = stream
     if config.aspect_ratios:
@@ -159,7 +156,10 @@ def train(config: TrainingConfig) -> Path:
     if config.gradient_checkpointing:
         module.encoder.activation_checkpointing_enable()
         module.transformer.enable_gradient_checkpointing()
-    parameters = module.trainable_parameters()
+    place(module, accelerator, config.fully_shard)
+    # FSDP2 is in place by now: with `evaluation_mode`, autocast is all that Accelerate adds to it, otherwise DDP as well.
+    wrapped = accelerator.prepare_model(module, evaluation_mode=config.fully_shard)
+    keep_models_out(accelerator)
     optimizers = build_optimizers(config, module)
     schedulers = [
         get_scheduler(
@@ -170,16 +170,14 @@ def train(config: TrainingConfig) -> Path:
         )
         for optimizer in optimizers
     ]
-    wrapped, *optimizers = accelerator.prepare(module, *optimizers)
-    keep_frozen_out(accelerator, module)
-    ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+    ema = EMAModel(module.trainable_parameters(), decay=config.ema_decay) if config.ema_decay else None
 
     # 4. Resume
     step = 0
     skipped: Counter[str] = Counter()
     recent: list[dict[str, float]] = []  # losses since the last line of the log
     if checkpoint is not None:
-        rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, ema)
+        rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, optimizers, ema)
         if "recent" not in rank_state:
             raise ValueError(
                 f"{checkpoint} was written by an earlier iomm-hf, which did not keep all that an exact resume needs. Go on"
@@ -213,7 +211,7 @@ def train(config: TrainingConfig) -> Path:
             for scheduler in schedulers:
                 scheduler.step()
             if ema is not None:
-                ema.step(parameters)
+                ema.step(module.trainable_parameters())
             step += 1
             progress.update()
             not_finite.check(accelerator, step, grad_norm, losses, keys)
@@ -245,16 +243,14 @@ def train(config: TrainingConfig) -> Path:
                         log.write(json.dumps(row) + "\n")
 
             if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
-                if accelerator.is_main_process:
-                    with ema_weights(ema, module):
-                        draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
+                with ema_weights(ema, module), gathered(module):
+                    draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
                 module.train()
-                accelerator.wait_for_everyone()
                 clock = time.monotonic()
 
             if config.eval_every and step % config.eval_every == 0:
-                with ema_weights(ema, module):
-                    evaluate(config, pipeline, accelerator, output_dir, step)
+                with ema_weights(ema, module), gathered(module):
+                    evaluate(config, pipeline, module, accelerator, output_dir, step)
                 module.train()
                 clock = time.monotonic()
 
@@ -268,13 +264,13 @@ def train(config: TrainingConfig) -> Path:
                 }
                 rank_state = {"loader": loader.state_dict(), "skipped": skipped, "recent": recent}
                 path = output_dir / checkpoint_name(step)
-                save_checkpoint(path, accelerator, pipeline, module, ema, rank_state, trainer_state)
+                save_checkpoint(path, accelerator, pipeline, module, optimizers, ema, rank_state, trainer_state)
                 if accelerator.is_main_process:
                     rotate(output_dir, config.keep_checkpoints)
                 clock = time.monotonic()
     progress.close()
     if signal is not None and step < config.max_steps:
-        accelerator.free_memory(wrapped, *optimizers)
+        accelerator.free_memory(wrapped)
         accelerator.end_training()
         if accelerator.is_main_process:
             print(
@@ -284,17 +280,15 @@ def train(config: TrainingConfig) -> Path:
 
     # 6. The result: whole in itself, but for frozen parts that the Hub holds
     final = output_dir / "final"
-    if config.mixed_precision == "bf16" and not frozen_on_hub(pipeline):
+    if config.mixed_precision == "bf16" and not frozen_on_hub(pipeline) and accelerator.is_main_process:
         pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
-    with whole_folder(final, accelerator) as folder:
-        if accelerator.is_main_process:
-            with ema_weights(ema, module):
-                pipeline.save_pretrained(folder, include_frozen=not frozen_on_hub(pipeline))
+    with whole_folder(final, accelerator) as folder, ema_weights(ema, module):
+        save_pipeline(folder, accelerator, pipeline, module, include_frozen=not frozen_on_hub(pipeline))
     all_skipped = total(skipped)
     if all_skipped:
         logger.warning("Bad samples skipped: %s", dict(all_skipped))
     # DDP first: freed after the process group, it would wait for gloo's threads while holding the lock that they wait for.
-    wrapped, *optimizers = accelerator.free_memory(wrapped, *optimizers)
+    (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
     return final
 
@@ -306,7 +300,6 @@ def update(
     mean losses, the norm of all ranks' gradient and the keys of this rank's samples."""
     losses: list[dict[str, float]] = []
     keys: list[str] = []
-    grad_norm = 0.0
     for _ in range(config.gradient_accumulation):
         started = time.monotonic()
         batch = next(batches)
@@ -325,12 +318,12 @@ def update(
                 | {"seconds_waiting": waited}
             )
             accelerator.backward(sum(terms.values()))
-            if accelerator.sync_gradients:
-                grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
-            for optimizer in optimizers:
-                if math.isfinite(grad_norm):
-                    optimizer.step()
-                optimizer.zero_grad()
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # of sharded gradients: one part each
+    for optimizer in optimizers:
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
     return mean_of(losses), grad_norm, keys
 
 
@@ -432,7 +425,8 @@ def draw_validation(
     step: int,
     resolution: int,
 ):
-    """Draws the validation prompts, each from its own fixed noise, into `samples/` and the trackers."""
+    """Draws the validation prompts, each from its own fixed noise, into `samples/` and the trackers. Every rank draws them,
+    since sharded weights are gathered by all."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.eval()
     pipeline.transformer.eval()
@@ -446,6 +440,8 @@ def draw_validation(
             guidance_scale=config.validation_guidance,
             generator=[torch.Generator().manual_seed(sample_seed(config.seed, prompt, 0)) for prompt in prompts],
         ).images
+    if not accelerator.is_main_process:
+        return
     folder = output_dir / "samples"
     folder.mkdir(exist_ok=True)
     columns = min(len(images), 8)
@@ -460,17 +456,25 @@ def draw_validation(
 
 
 @torch.no_grad()
-def evaluate(config: TrainingConfig, pipeline: IOMMPipeline, accelerator: Accelerator, output_dir: Path, step: int):
-    """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`."""
+def evaluate(
+    config: TrainingConfig,
+    pipeline: IOMMPipeline,
+    module: IOMMTrainingModule,
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+):
+    """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`.
+    Every rank draws them, as for validation."""
     best = output_dir / "best"
     record = json.loads((best / "score.json").read_text())["overall"] if best.exists() else -1.0
     row: dict[str, Any] = {}
+    plan = benchmark_plan(pictures_per_task=config.eval_pictures)
+    pipeline.text_encoder.eval()
+    pipeline.transformer.eval()
+    with accelerator.autocast():
+        images = draw_plan(pipeline, plan, config.validation_steps, config.validation_guidance)
     if accelerator.is_main_process:
-        plan = benchmark_plan(pictures_per_task=config.eval_pictures)
-        pipeline.text_encoder.eval()
-        pipeline.transformer.eval()
-        with accelerator.autocast():
-            images = draw_plan(pipeline, plan, config.validation_steps, config.validation_guidance)
         report = score_pictures(images, [picture.metadata for picture in plan])
         overall = report.overall.value  # type: ignore[union-attr]  # the plan holds all six tasks
         row = {"step": step, "overall": overall, **{task: share.accuracy for task, share in report.tasks.items()}}
@@ -481,6 +485,6 @@ def evaluate(config: TrainingConfig, pipeline: IOMMPipeline, accelerator: Accele
     accelerator.log({f"shapes/{name}": value for name, value in row.items() if name != "step"}, step=step)
     if row["overall"] > record:
         with whole_folder(best, accelerator) as folder:
+            save_pipeline(folder, accelerator, pipeline, module, include_frozen=False)
             if accelerator.is_main_process:
-                pipeline.save_pretrained(folder, include_frozen=False)
                 write_json(folder / "score.json", row)

@@ -1,7 +1,7 @@
 """The trainable unit: one `nn.Module` whose forward takes a batch and returns the loss.
 
-Accelerate wraps exactly one module, and its hooks (DDP, FSDP2, DeepSpeed) run only through the wrapped forward, so
-encoder, generator and objective live together here. MLLM and autoencoder are inside but frozen: they get no gradient, and
+The hooks of DDP and FSDP2 run only through the forward of the one module that they wrap, so encoder, generator and
+objective live together here. MLLM and autoencoder are inside but frozen: they get no gradient, and
 `trainable_state` leaves them out of everything that is saved.
 """
 
@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..flow_matching import TimestepSampling, flow_matching_loss, interpolate, sample_timesteps, velocity_target
 from ..generators import predict_velocity
@@ -58,20 +59,23 @@ class IOMMTrainingModule(nn.Module):
         self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
         self.alignment = alignment
         self.alignment_weight = alignment_weight
-        # Accelerate's FSDP reads it from what it wraps: each of these blocks is gathered by itself.
-        self._no_split_modules = transformer._no_split_modules
 
     def train(self, mode: bool = True) -> "IOMMTrainingModule":
         super().train(mode)
         self.vae.eval()  # the encoder keeps its own MLLM in eval mode
         return self
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def trainable_parameters(self) -> list[torch.Tensor]:
+        """What trains; of sharded weights this rank's part, with the same memory."""
+        return [local_part(parameter) for parameter in self.parameters() if parameter.requires_grad]
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor of what trains, for checkpoints."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Name -> tensor of what trains, for checkpoints; of sharded weights this rank's part."""
+        return {
+            name: local_part(parameter.detach())
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
 
     def forward(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What is minimised, as terms to add up: `loss`, the mean over a batch of [`~iomm_hf.data.collate.IOMMCollator`],
@@ -136,3 +140,8 @@ class IOMMTrainingModule(nn.Module):
         if "pixels" in batch:
             return self.vae.encode(batch["pixels"].to(self.vae.dtype) / 127.5 - 1).latent_dist
         return DiagonalGaussianDistribution(torch.cat([batch["latent_mean"], batch["latent_logvar"]], dim=1))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

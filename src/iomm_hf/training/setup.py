@@ -10,7 +10,6 @@ from shutil import which
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -237,11 +236,9 @@ def pin_frozen(pipeline: IOMMPipeline, folder: Path):
     if frozen_on_hub(pipeline):
         return
     mllm, vae = folder.resolve() / "mllm", folder.resolve() / "vae"
-    if PartialState().is_main_process:
-        pipeline.text_encoder.mllm.save_pretrained(mllm)
-        pipeline.processor.save_pretrained(mllm)
-        pipeline.vae.save_pretrained(vae)
-    PartialState().wait_for_everyone()
+    pipeline.text_encoder.mllm.save_pretrained(mllm)
+    pipeline.processor.save_pretrained(mllm)
+    pipeline.vae.save_pretrained(vae)
     encoder_config = pipeline.text_encoder.config
     encoder_config.mllm_name_or_path, encoder_config.mllm_revision = str(mllm), None
     encoder_config.mllm_hash = hash_weight_files(mllm)
