@@ -257,7 +257,7 @@ def shapes_chat(
     ```python
     >>> [example] = shapes_chat(1)
     >>> example.image.size, example.question, example.answer
-    ((64, 64), 'Describe the image.', 'a yellow cross right of a blue circle')
+    ((64, 64), 'Describe the image.', 'a blue circle left of a yellow cross')
     ```
     """
     for index in range(num_samples):
