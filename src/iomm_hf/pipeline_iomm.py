@@ -460,7 +460,7 @@ class IOMMPipeline(DiffusionPipeline):
         self.save_frame(folder, include_frozen=False)
 
     def save_frame(self, folder: Path, include_frozen: bool):
-        """Writes what the pipeline folder holds beside encoder and generator, whose weights a sharded run writes itself."""
+        """Writes a pipeline folder without encoder and generator, whose weights a sharded run writes by itself."""
         self.processor.save_pretrained(folder / "processor")
         self.scheduler.save_pretrained(folder / "scheduler")
         if include_frozen:

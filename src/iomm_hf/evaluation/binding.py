@@ -3,7 +3,7 @@
 A scene's caption is compared with the same words bound otherwise ([`~iomm_hf.data.shapes.exchange`]): "a heart left of a
 star" with "a heart right of a star", "a red circle and a blue star" with "a blue circle and a red star". The MLLM is asked
 whether the scene shows each; the generator denoises the scene under each. A bag of words prefers the true one half of the time.
-What an MLLM makes of a text alone is asked apart from pictures ([`reading`]): text-to-image needs no more of it.
+What an MLLM makes of a text alone is asked apart from pictures ([`reading`]).
 """
 
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ def outline(pipeline: IOMMPipeline) -> IOMMPipeline:
 
 
 def build_once(build: Callable[[], IOMMPipeline], accelerator: Accelerator) -> IOMMPipeline:
-    """The pipeline that `build` makes, on the first rank, and its outline on all others; [`hand_out`] fills it."""
+    """The pipeline that `build` makes, on the first rank, and its outline on all others; [`place`] fills it."""
     if accelerator.num_processes == 1:
         return build()
     pipeline = build() if accelerator.is_main_process else None
