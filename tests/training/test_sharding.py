@@ -68,7 +68,13 @@ def gradient_and_step(pipeline, batches: list[dict], config: PretrainConfig, fil
         torch.save(written, file)
 
 
-@pytest.mark.parametrize(("sharded", "optimizer"), [(False, "adamw"), (True, "adamw"), (True, "muon")])
+MUON = pytest.param(
+    "muon", marks=pytest.mark.slow
+)  # its iteration in bf16 takes most of a minute on CPUs that emulate it
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", MUON])
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_ranks_have_gradient_norm_clipping_and_step_of_one(
     pipeline, processor, settings, parts, tmp_path, sharded, optimizer
 ):
@@ -162,13 +168,14 @@ def in_parts(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
     return {key: torch.cat([one[key], two[key]]) for key in one}
 
 
-def test_a_sharded_run_resumes_exactly_and_writes_pipelines(pipeline, settings, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", MUON])
+def test_a_sharded_run_resumes_exactly_and_writes_pipelines(pipeline, settings, tmp_path, optimizer):
     pipeline.save_pretrained(tmp_path / "start")
     settings = {key: value for key, value in settings.items() if key not in ("mllm", "vae")}
     settings |= {
         "init_from": str(tmp_path / "start"),
         "fully_shard": True,
-        "optimizer": "muon",
+        "optimizer": optimizer,
         "gradient_accumulation": 2,
         "gradient_checkpointing": True,
         "batch_size": 1,
@@ -188,7 +195,7 @@ def test_a_sharded_run_resumes_exactly_and_writes_pipelines(pipeline, settings, 
         "trainable-rank-{}.safetensors",
         "ema-rank-{}.safetensors",
         "optimizer-rank-{}.bin",
-        "optimizer_1-rank-{}.bin",
+        *(["optimizer_1-rank-{}.bin"] if optimizer == "muon" else []),  # and AdamW for the rest
         "random_states_{}.pkl",
         "rank-{}.json",
     )
