@@ -3,9 +3,9 @@
 FLOPs are counted by PyTorch's own counter and activations by what autograd saves, both on the real classes on the meta
 device, so nothing is allocated. What is known by rule (bytes of gradients, optimizer states, averages) is added by rule.
 
-Not verified on a GPU: activations are counted with every tensor in the compute type and attention that keeps no scores;
-under autocast norms keep float32 inputs, so real activations are larger. Kernel workspaces, fragmentation and the memory of
-the CUDA context are left out.
+Activations are counted with every tensor in the compute type and attention that keeps no scores; under autocast norms keep
+float32 inputs, so real activations are larger. Kernel workspaces, fragmentation and the memory of the CUDA context are left
+out. What was measured on a GPU is in benchmarks/README.md.
 """
 
 from collections.abc import Callable
@@ -251,7 +251,7 @@ def estimate_training(
     cached_vision_tokens: bool = False,
     images: int = PAPER_IMAGES,
     peak_tflops: float = 989.0,
-    utilisation: float = 0.4,
+    utilisation: float = 0.22,
 ) -> TrainingCost:
     r"""
     What training a preset costs on image-only samples (paper, Sec. 3), counted without memory.
@@ -273,7 +273,8 @@ def estimate_training(
         cached_vision_tokens (`bool`, *optional*, defaults to `False`): Image tokens were computed before.
         images (`int`, *optional*, defaults to 110,000,000): Samples of the run.
         peak_tflops (`float`, *optional*, defaults to 989): Peak of one GPU, TFLOP/s (H100 SXM, bf16 dense).
-        utilisation (`float`, *optional*, defaults to 0.4): Share of the peak that the counted FLOPs reach; an assumption.
+        utilisation (`float`, *optional*, defaults to 0.22): Share of the peak that the counted FLOPs reach; 0.22 is what
+            `base` reached on one H200 without compilation (benchmarks/README.md).
 
     Returns:
         [`TrainingCost`].
@@ -342,14 +343,17 @@ def estimate_training(
         "gradients": 4 * trained // shards,
         "optimizer": (8 * trained - (4 * matrices if optimizer == "muon" else 0)) // shards,
         "EMA": 4 * trained // shards if ema else 0,
-        # Autocast keeps them until the end of the forward pass, whole even where weights are shared out.
-        "autocast copies": 2 * sum(count_weights(layer) for layer in layers) if low_precision else 0,
     }
-    static = sum(memory.values())
+    # The graph keeps them for the backward pass, whole even where weights are shared out. With checkpointing they are gone
+    # before the gradients, which take more, are there.
+    copies = 2 * sum(count_weights(layer) for layer in layers) if low_precision else 0
+    static = {"plain": sum(memory.values()) + copies, "checkpointed": sum(memory.values())}
+    memory["autocast copies"] = 0 if gradient_checkpointing else copies
     memory["activations"] = batch_size * activations["checkpointed" if gradient_checkpointing else "plain"]
     largest_batch = {
         str(size): {
-            kind: max(0, int((size * 1e9 * (1 - RESERVE) - static) // each)) for kind, each in activations.items()
+            kind: max(0, int((size * 1e9 * (1 - RESERVE) - static[kind]) // each))
+            for kind, each in activations.items()
         }
         for size in (24, 40, 80)
     }

@@ -312,13 +312,14 @@ def draw_image_mask(
         `ValueError`: a mask ratio outside [0, 1).
     """
     ratios = [mask_ratio] * len(input_ids) if isinstance(mask_ratio, float | int) else list(mask_ratio)
-    hidden = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, ids, ratio, generator in zip(hidden, input_ids, ratios, generators, strict=True):
+    is_image = input_ids == image_token_id
+    draws = []
+    for count, ratio, generator in zip(is_image.sum(1).tolist(), ratios, generators, strict=True):
         if not 0 <= ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {ratio}: at 1 nothing of the image would be left.")
-        is_image = ids == image_token_id
-        draws = torch.rand(int(is_image.sum()), generator=generator) < ratio
-        row[is_image] = draws.to(row.device)
+        draws.append(torch.rand(count, generator=generator) < ratio)
+    hidden = torch.zeros_like(is_image)
+    hidden[is_image] = torch.cat(draws).to(hidden.device)  # one copy to the device for the whole batch
     return hidden
 
 

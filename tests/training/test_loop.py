@@ -20,6 +20,7 @@ from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
+from iomm_hf.training.loop import attention_kernel
 
 
 def same_state(first: Path, second: Path) -> bool:
@@ -344,3 +345,18 @@ def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
     train(PretrainConfig(**settings | {"max_steps": 4} | scored))
     name = "checkpoint-00000004"
     assert same_state(Path(settings["output_dir"]) / name, tmp_path / "scored" / name)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "flash", "cudnn"),
+    [
+        ("cuda", "bf16", True, False),
+        ("cuda", "no", True, False),
+        ("cpu", "bf16", False, False),
+        ("cpu", "no", True, True),
+    ],
+)
+def test_attention_kernels_that_fail_or_are_slow_are_left_out(device, precision, flash, cudnn):
+    with attention_kernel(torch.device(device), precision):
+        assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) == (flash, cudnn)
+        assert torch.backends.cuda.math_sdp_enabled()

@@ -98,15 +98,17 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run(launch, settings, tm
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, settings):
-    """It reaches the loaders' workers too, as from a terminal, and they must deliver what is under way."""
+    """It reaches the loaders' workers too, as from a terminal or a scheduler, and they must deliver what is under way."""
     settings |= {"max_steps": 1000, "save_every": 1000, "log_every": 1, "num_workers": 1}
     process, log = launch(settings, ranks=2), Path(settings["output_dir"], "log.jsonl")
     while not (log.exists() and log.read_text()) and process.poll() is None:
         time.sleep(0.1)
     ranks = [child for child in psutil.Process(process.pid).children() if RECIPE.name in " ".join(child.cmdline())]
     workers = [worker for rank in ranks for worker in rank.children(recursive=True)]
-    for member in [*workers, ranks[1]]:
-        member.send_signal(signal.SIGINT)
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGTERM)
+    ranks[1].send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
     [checkpoint] = list_checkpoints(log.parent)
     step = int(checkpoint.name.removeprefix("checkpoint-"))

@@ -181,6 +181,8 @@ class SpikeGuard:
         self.losses.append(loss)
 
 
-def leave_interrupts_to_main(worker: int):
-    """For a loader's processes: Ctrl-C reaches them too, and the step that is under way still needs them."""
+def leave_signals_to_main(worker: int):
+    """For a loader's processes: Ctrl-C, `timeout` and schedulers signal a whole group, and the step that is under way still
+    needs them. A second SIGTERM ends them: one that hangs gets it from the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -56,7 +56,7 @@ from .checkpoints import (
     write_json,
 )
 from .config import TrainingConfig, changed_settings
-from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_interrupts_to_main
+from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_signals_to_main
 from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
@@ -133,7 +133,7 @@ def train(config: TrainingConfig) -> Path:
         collate_fn=collator,
         num_workers=config.num_workers,
         drop_last=True,
-        worker_init_fn=leave_interrupts_to_main,
+        worker_init_fn=leave_signals_to_main,
     )
 
     # 3. What trains
@@ -310,7 +310,7 @@ def update(
         }
         skipped.update(batch["skipped"])
         keys += batch["keys"]
-        with accelerator.accumulate(wrapped), attention_kernel(accelerator):
+        with accelerator.accumulate(wrapped), attention_kernel(accelerator.device, accelerator.mixed_precision):
             terms, samples = wrapped(batch)
             losses.append(
                 {name: term.item() for name, term in terms.items()}
@@ -338,9 +338,12 @@ def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> d
     return {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
 
 
-def attention_kernel(accelerator: Accelerator) -> AbstractContextManager:
-    """PyTorch's choice, but for bf16 on CPUs: there fused attention takes longer backward than the whole plain one."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+def attention_kernel(device: torch.device, mixed_precision: str) -> AbstractContextManager:
+    """PyTorch's choice but for two. bf16 on CPUs: fused attention takes longer backward than the whole plain one. CUDA: the
+    backward pass of cuDNN's attention wrote outside its memory for Flux at 512 px (H200, torch 2.11; gradients were NaN)."""
+    if device.type == "cuda":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    if device.type == "cpu" and mixed_precision == "bf16":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
