@@ -33,10 +33,10 @@ $(BIN)/installed: pyproject.toml constraints.txt
 setup: $(BIN)/installed
 
 quickstart: setup
-	$(RUN) $(BIN)/python recipes/quickstart.py
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py
 
 test: setup
-	$(RUN) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup
 	$(RUN) $(BIN)/python -m pytest -n 2

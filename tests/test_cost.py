@@ -14,6 +14,7 @@ from iomm_hf.training import IOMMTrainingModule
 
 
 PREFIX = 20
+XL = {"preset": "xl", "gradient_checkpointing": True, "optimizer": "muon", "ema": False}
 
 
 def test_adapter_flops_are_the_closed_form():
@@ -62,6 +63,7 @@ def test_the_plain_pass_is_the_closed_form():
     assert count_flops(model.plain, backward=True) == pytest.approx(forward + backward, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_step_of_base_costs_at_most_four_fifths_of_the_plain_one():
     """`benchmarks/step_flops.py` prints the parts."""
     base, wording, tokens = get_preset("base"), 40, 256
@@ -123,8 +125,8 @@ def test_memory_is_what_training_takes(flux, heads, batch_size, dominant):
     [
         ({"preset": "base", "batch_size": 16}, 103.1),
         ({"preset": "base", "batch_size": 32, "gradient_checkpointing": True}, 47.2),
-        ({"preset": "xl", "batch_size": 8, "gradient_checkpointing": True, "optimizer": "muon", "ema": False}, 82.2),
-        ({"preset": "xl", "batch_size": 16, "gradient_checkpointing": True, "optimizer": "muon", "ema": False}, 86.6),
+        pytest.param({**XL, "batch_size": 8}, 82.2, marks=pytest.mark.slow),
+        pytest.param({**XL, "batch_size": 16}, 86.6, marks=pytest.mark.slow),
     ],
     ids=["base", "base-checkpointed", "xl-8", "xl-16"],
 )
