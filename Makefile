@@ -39,7 +39,7 @@ test: setup
 	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup
-	$(RUN) $(BIN)/python -m pytest -n 2
+	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 reproduce-quick: setup
 	$(call compare,--seeds 0)

@@ -34,42 +34,38 @@ class ConditionPathConfig:
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of condition_path.json."})
 
 
-def build(config: ConditionPathConfig, device: torch.device) -> IOMMConditionEncoder:
+def build(config: ConditionPathConfig) -> IOMMConditionEncoder:
     torch.manual_seed(0)
     heads = config.hidden_size // 128
-    return (
-        IOMMConditionEncoder(
-            IOMMConfig(
-                mllm_config=InternVLConfig(
-                    vision_config={
-                        "num_hidden_layers": 1,
-                        "hidden_size": 64,
-                        "intermediate_size": 64,
-                        "num_attention_heads": 1,
-                    },
-                    text_config={
-                        "model_type": "qwen2",
-                        "hidden_size": config.hidden_size,
-                        "num_hidden_layers": config.layers,
-                        "num_attention_heads": heads,
-                        "num_key_value_heads": max(1, heads // 6),
-                        "intermediate_size": config.hidden_size * 35 // 6,
-                        "vocab_size": 512,
-                    },
-                    image_token_id=500,
-                    image_seq_length=config.image_tokens,
-                ),
-                num_queries=config.queries,
-            )
+    return IOMMConditionEncoder(
+        IOMMConfig(
+            mllm_config=InternVLConfig(
+                vision_config={
+                    "num_hidden_layers": 1,
+                    "hidden_size": 64,
+                    "intermediate_size": 64,
+                    "num_attention_heads": 1,
+                },
+                text_config={
+                    "model_type": "qwen2",
+                    "hidden_size": config.hidden_size,
+                    "num_hidden_layers": config.layers,
+                    "num_attention_heads": heads,
+                    "num_key_value_heads": max(1, heads // 6),
+                    "intermediate_size": config.hidden_size * 35 // 6,
+                    "vocab_size": 512,
+                },
+                image_token_id=500,
+                image_seq_length=config.image_tokens,
+            ),
+            num_queries=config.queries,
         )
-        .to(device)
-        .train()
-    )
+    ).train()
 
 
 def main(config: ConditionPathConfig):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = build(config, device)
+    encoder = build(config).to(device)
     ids = torch.full((config.batch_size, WORDING + config.image_tokens), 7, device=device)
     ids[:, WORDING // 2 : WORDING // 2 + config.image_tokens] = encoder.image_token_id
     batch = {

@@ -10,6 +10,7 @@ clipping, optimizer and averaged weights as in the recipes. What a step waits fo
 import gc
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +118,19 @@ def run_steps(config: FullSizeConfig, module: IOMMTrainingModule, collator: IOMM
             gradient_checkpointing="checkpointing" in options,
             cached_latents="cached" in options,
         )
+        gc.collect()
+        torch.cuda.empty_cache()
+        one_step = partial(step, batch)
         try:
-            first = seconds(lambda: step(batch))  # noqa: B023  # called at once
-            step(batch)
+            first = seconds(one_step)
+            one_step()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            median = statistics.median(seconds(lambda: step(batch)) for _ in range(config.rounds))  # noqa: B023
+            median = statistics.median(seconds(one_step) for _ in range(config.rounds))
         except torch.OutOfMemoryError:
             module.zero_grad()
             results[case] = "out of memory"
             continue
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
         estimated = sum(cost.memory.values())
         results[case] = {
             "first step, s": round(first, 1),

@@ -89,7 +89,7 @@ def estimate(
         f"At {utilisation:.0%} of {peak_tflops:g} TFLOP/s, {gpus} GPU(s): {cost.images_per_second:,.1f} images/s;"
         f" {images:,} images take {cost.gpu_hours:,.0f} GPU hours"
     )
-    typer.echo("Counted; one H200 took within 6% of this memory in four cases (benchmarks/README.md).")
+    typer.echo("Counted, not measured; what one H200 took beside its estimate is in benchmarks/README.md.")
 
 
 @app.command()

@@ -68,9 +68,8 @@ def gradient_and_step(pipeline, batches: list[dict], config: PretrainConfig, fil
         torch.save(written, file)
 
 
-MUON = pytest.param(
-    "muon", marks=pytest.mark.slow
-)  # its iteration in bf16 takes most of a minute on CPUs that emulate it
+# Its iteration in bf16 takes most of a minute on CPUs that emulate it.
+MUON = pytest.param("muon", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", MUON])

@@ -340,7 +340,7 @@ def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> d
 
 def attention_kernel(device: torch.device, mixed_precision: str) -> AbstractContextManager:
     """PyTorch's choice but for two. bf16 on CPUs: fused attention takes longer backward than the whole plain one. CUDA: the
-    backward pass of cuDNN's attention wrote outside its memory for Flux at 512 px (H200, torch 2.11; gradients were NaN)."""
+    backward pass of cuDNN's attention made illegal memory accesses for Flux at 512 px (seen on an H200, torch 2.11)."""
     if device.type == "cuda":
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     if device.type == "cpu" and mixed_precision == "bf16":
