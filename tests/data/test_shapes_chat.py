@@ -6,7 +6,15 @@ import re
 import numpy as np
 
 from iomm_hf.data import shapes
-from iomm_hf.data.shapes_chat import chat_example, instructions, questions, read, shapes_chat
+from iomm_hf.data.shapes_chat import (
+    NOUN_LABELS,
+    chat_example,
+    instructions,
+    noun_labels,
+    questions,
+    read,
+    shapes_chat,
+)
 from iomm_hf.tiny import shapes_tokenizer
 
 
@@ -124,3 +132,30 @@ def test_the_tokenizer_knows_all_wordings_as_words():
     tokenizer = shapes_tokenizer()
     for text in instructions():
         assert len(tokenizer.tokenize(text)) <= len(text.split()) + 3
+
+
+def test_labels_of_nouns_say_what_the_caption_says():
+    for index in range(300):
+        _, metadata = shapes.corpus_scene(0, index)
+        named = [
+            {kind: names[place] for (kind, names), place in zip(NOUN_LABELS.items(), of_noun, strict=True)}
+            for of_noun in noun_labels(metadata["prompt"]).values()
+        ]
+        objects = metadata["include"]
+        if metadata["tag"] == "position":
+            reference, subject = objects
+            relation = subject["position"][0]
+            places = [None, shapes.OPPOSITE[relation], relation]
+            objects = [subject, reference]
+        else:
+            places = [None] * (len(objects) + 1)
+        expected = [
+            {
+                "shape": o["class"],
+                "color": o.get("color"),
+                "number": shapes.NUMBER_WORDS.get(o["count"]),
+                "place": place,
+            }
+            for o, place in zip([*objects, objects[0]], places, strict=True)
+        ]
+        assert named == expected, metadata["prompt"]

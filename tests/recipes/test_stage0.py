@@ -17,7 +17,7 @@ from iomm_hf import IOMMProcessor, shipped_model
 from iomm_hf.data.chat import write_chat
 from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes import corpus_scene, render
-from iomm_hf.data.shapes_chat import shapes_chat
+from iomm_hf.data.shapes_chat import NOUN_LABELS, shapes_chat
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.sources import SourceConfig
 from iomm_hf.data.streams import build_stream
@@ -209,6 +209,43 @@ def test_an_mllm_learns_from_chats_and_comes_out_whole(recipe, tmp_path, vision,
     assert IOMMProcessor.from_pretrained(tmp_path / "mllm/final").image_seq_length == 16
 
 
+def test_text_warm_up_learns_and_leaves_the_vision_tower(recipe, vision, tmp_path):
+    module = recipe("warm_up_text")
+    settings = {"max_steps": 100, "num_scenes": 64, "held_out": 16, "batch_size": 4, "learning_rate": 3e-3}
+    hashes = set()
+    for name in ("one", "two"):
+        module.main(module.TextConfig(init_from=str(vision), output_dir=str(tmp_path / name), **settings))
+        hashes.add(hash_weight_files(tmp_path / name))
+    assert len(hashes) == 1
+    first, second = losses(tmp_path / "one-log.jsonl")
+    assert second < 0.9 * first
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    assert summary["read_shape"] > 0.3 and summary["held_out"] == 16  # one in eight by chance
+    before, after = load_mllm(vision).state_dict(), load_mllm(tmp_path / "one").state_dict()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed and all("language_model" in name or "lm_head" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "caption", ["two crosses and a red star", "a ring left of a heart", "a red ring and a blue ring"]
+)
+def test_the_tokens_of_nouns_are_labelled(recipe, caption):
+    processor = IOMMProcessor.from_pretrained(shipped_model() / "processor")
+    example = recipe("warm_up_text").read_example(processor, caption)
+    labelled = np.flatnonzero(example.labels[:, 0] >= 0)
+    told = [
+        "".join(processor.tokenizer.decode([token]) for token in example.input_ids[: place + 1]) for place in labelled
+    ]
+    words = caption.split()
+    assert told[1].endswith(caption) and told[0].split(": ")[1] == " ".join(
+        words[: words.index(told[0].split()[-1]) + 1]
+    )
+    assert told[2].endswith(f"{caption}<|im_end|>") and len(told) == 3
+    shapes = [NOUN_LABELS["shape"][place] for place in example.labels[labelled, 0]]
+    assert all(shape in text.split()[-1] for shape, text in zip(shapes[:2], told[:2], strict=True))
+    assert shapes[2] == shapes[0]
+
+
 def test_pairs_become_chats_and_bad_ones_are_reported(recipe, tmp_path, caplog):
     module = recipe("make_chat")
     write_shards(tmp_path / "pairs", 12, samples_per_shard=12)
@@ -251,6 +288,8 @@ def test_pairs_become_chats_and_bad_ones_are_reported(recipe, tmp_path, caplog):
         ("make_chat", "ChatConfig", {"pairs": ["x"]}, "needs a caption_column"),
         ("warm_up_vision", "VisionConfig", {"num_scenes": 3}, "32, 3 and"),
         ("warm_up_vision", "VisionConfig", {"max_steps": 9, "minutes": 1.0}, "either minutes or max_steps"),
+        ("warm_up_text", "TextConfig", {"init_from": "x", "held_out": 0}, "32, 8000 and 0"),
+        ("warm_up_text", "TextConfig", {"init_from": "x"}, "either minutes or max_steps"),
     ],
 )
 def test_bad_settings_are_refused(recipe, name, config, settings, message):

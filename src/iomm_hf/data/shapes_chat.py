@@ -198,6 +198,53 @@ def read(rng: np.random.Generator) -> Turn:
     return Turn(READ_RELATION.format(text, shapes[subject]), relation)
 
 
+NOUN_LABELS = {
+    "shape": SHAPES,
+    "color": (None, *COLORS),
+    "number": (None, *NUMBER_WORDS.values()),
+    "place": (None, *RELATIONS),
+}
+
+
+def noun_labels(caption: str) -> dict[int, tuple[int, ...]]:
+    r"""
+    What belongs to each noun of a caption, as far as the words up to it tell: by the noun's place among the words, the
+    places of its shape, colour, number and place beside the object before it in `NOUN_LABELS`. Where the first object
+    is only becomes clear later, so that the end, one word after the last, tells of it again.
+
+    Example:
+
+    ```python
+    >>> labels = noun_labels("a red star left of three rings")
+    >>> for word, of_noun in labels.items():
+    ...     print(word, [names[place] for names, place in zip(NOUN_LABELS.values(), of_noun, strict=True)])
+    2 ['star', 'red', None, None]
+    6 ['ring', None, 'three', 'right of']
+    7 ['star', 'red', None, 'left of']
+    ```
+    """
+    relations = {relation.split(" ")[0]: relation for relation in RELATIONS}
+    nouns, told = dict[int, dict[str, str]](), dict[str, str]()
+    words = caption.split(" ")
+    for number, word in enumerate(words):
+        shape = next((shape for shape in SHAPES if word.strip(",") in (shape, plural(shape))), None)
+        if shape is not None:
+            nouns[number], told = told | {"shape": shape}, {}
+        elif word in COLORS:
+            told["color"] = word
+        elif word in NUMBER_WORDS.values():
+            told["number"] = word
+        elif word in relations:
+            told["place"] = OPPOSITE[relations[word]]
+    if nouns:
+        first, last = next(iter(nouns.values())), nouns[max(nouns)]
+        nouns[len(words)] = first | ({"place": OPPOSITE[last["place"]]} if "place" in last else {})
+    return {
+        number: tuple(names.index(of_noun.get(kind)) for kind, names in NOUN_LABELS.items())
+        for number, of_noun in nouns.items()
+    }
+
+
 def _listed(phrases: Sequence[str]) -> str:
     return ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
