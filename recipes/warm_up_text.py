@@ -3,10 +3,11 @@
     python recipes/warm_up_text.py --init_from outputs/mine/mllm/final --output_dir outputs/mine/bound --max_steps 1500
 
 Dense labels, as in `warm_up_vision.py`, but for words: at each noun of a caption, the shape, and which colour, number and place
-belong to it; at the caption's end, the first object again, whose place is known only then. A large MLLM's rows hold that; a tiny one learns from chats to look it up when asked, and what is conditioned on
-its rows meanwhile reads captions as bags of words. The same linear head names what the image tokens show, so that a shape is
-spelled alike whether read or seen. Chats go on beside it, so that nothing is forgotten; the vision tower and the projector
-stay as they were. Same seed and --max_steps, same weights; --minutes stops by the clock instead.
+belong to it; behind the caption all its objects again, for where the first one is becomes clear only at the end. A large
+MLLM's rows hold that; a tiny one learns from chats to look it up when asked, and meanwhile what is conditioned on its rows reads
+captions as bags of words. The same linear head names what the image tokens show, so that a shape is spelled alike whether read or
+seen. Chats go on beside it, so that nothing is forgotten; the vision tower and the projector stay as they were. Same seed and
+--max_steps, same weights; --minutes stops by the clock instead.
 """
 
 from collections import defaultdict
@@ -108,16 +109,19 @@ class NounLabeller(nn.Module):
 
 
 def read_example(processor: IOMMProcessor, caption: str) -> Example:
-    """A caption to draw, and the labels of its nouns: at the token that a noun's last letter is in, at the end the next."""
+    """A caption to draw. A noun is labelled at the token that its last letter is in; the rows behind the caption go through
+    the objects again, over and over."""
     ids = processor.encode([processor.text_to_image(caption)])["input_ids"][0].tolist()
     pieces = [processor.tokenizer.decode([token]) for token in ids]
     token_ends = np.cumsum([len(piece) for piece in pieces])
-    words = caption.split(" ")
-    word_ends = np.cumsum([len(word) + 1 for word in words]) - 1 + "".join(pieces).rindex(caption)
-    tokens = [*np.searchsorted(token_ends, word_ends), np.searchsorted(token_ends, word_ends[-1]) + 1]
+    word_ends = np.cumsum([len(word) + 1 for word in caption.split(" ")]) - 1 + "".join(pieces).rindex(caption)
+    tokens = np.searchsorted(token_ends, word_ends)
+    nouns, objects = noun_labels(caption)
     labels = np.full((len(ids), len(NOUN_LABELS)), IGNORED)
-    for word, of_noun in noun_labels(caption).items():
+    for word, of_noun in nouns.items():
         labels[tokens[word]] = of_noun
+    behind = np.arange(len(ids) - tokens[-1] - 1)
+    labels[tokens[-1] + 1 :] = np.array(objects)[behind % len(objects)]
     return Example(ids, [IGNORED] * len(ids), labels)
 
 

@@ -137,18 +137,19 @@ def test_the_tokenizer_knows_all_wordings_as_words():
 def test_labels_of_nouns_say_what_the_caption_says():
     for index in range(300):
         _, metadata = shapes.corpus_scene(0, index)
+        by_noun, in_full = noun_labels(metadata["prompt"])
         named = [
-            {kind: names[place] for (kind, names), place in zip(NOUN_LABELS.items(), of_noun, strict=True)}
-            for of_noun in noun_labels(metadata["prompt"]).values()
+            {kind: names[place] for (kind, names), place in zip(NOUN_LABELS.items(), labels, strict=True)}
+            for labels in (*by_noun.values(), *in_full)
         ]
         objects = metadata["include"]
         if metadata["tag"] == "position":
             reference, subject = objects
             relation = subject["position"][0]
-            places = [None, shapes.OPPOSITE[relation], relation]
+            places = [None, shapes.OPPOSITE[relation], relation, shapes.OPPOSITE[relation]]
             objects = [subject, reference]
         else:
-            places = [None] * (len(objects) + 1)
+            places = [None] * (2 * len(objects))
         expected = [
             {
                 "shape": o["class"],
@@ -156,6 +157,6 @@ def test_labels_of_nouns_say_what_the_caption_says():
                 "number": shapes.NUMBER_WORDS.get(o["count"]),
                 "place": place,
             }
-            for o, place in zip([*objects, objects[0]], places, strict=True)
+            for o, place in zip([*objects, *objects], places, strict=True)
         ]
         assert named == expected, metadata["prompt"]

@@ -237,13 +237,11 @@ def test_the_tokens_of_nouns_are_labelled(recipe, caption):
         "".join(processor.tokenizer.decode([token]) for token in example.input_ids[: place + 1]) for place in labelled
     ]
     words = caption.split()
-    assert told[1].endswith(caption) and told[0].split(": ")[1] == " ".join(
-        words[: words.index(told[0].split()[-1]) + 1]
-    )
-    assert told[2].endswith(f"{caption}<|im_end|>") and len(told) == 3
+    assert told[0].endswith(": " + " ".join(words[: words.index(told[0].split()[-1]) + 1]))
+    assert told[1].endswith(caption) and told[2].endswith(f"{caption}<|im_end|>")
     shapes = [NOUN_LABELS["shape"][place] for place in example.labels[labelled, 0]]
     assert all(shape in text.split()[-1] for shape, text in zip(shapes[:2], told[:2], strict=True))
-    assert shapes[2] == shapes[0]
+    assert shapes[2:] == [shapes[place % 2] for place in range(len(example.input_ids) - labelled[1] - 1)]
 
 
 def test_pairs_become_chats_and_bad_ones_are_reported(recipe, tmp_path, caplog):

@@ -206,27 +206,30 @@ NOUN_LABELS = {
 }
 
 
-def noun_labels(caption: str) -> dict[int, tuple[int, ...]]:
+def noun_labels(caption: str) -> tuple[dict[int, tuple[int, ...]], list[tuple[int, ...]]]:
     r"""
-    What belongs to each noun of a caption, as far as the words up to it tell: by the noun's place among the words, the
-    places of its shape, colour, number and place beside the object before it in `NOUN_LABELS`. Where the first object
-    is only becomes clear later, so that the end, one word after the last, tells of it again.
+    What belongs to the nouns of a caption: shape, colour, number, and the place beside the other object, as places in
+    `NOUN_LABELS`.
+
+    Returns:
+        By the noun's place among the words, what the words up to it tell; and all objects in order once the caption is
+        read, when the first one's place is known too.
 
     Example:
 
     ```python
-    >>> labels = noun_labels("a red star left of three rings")
-    >>> for word, of_noun in labels.items():
-    ...     print(word, [names[place] for names, place in zip(NOUN_LABELS.values(), of_noun, strict=True)])
-    2 ['star', 'red', None, None]
-    6 ['ring', None, 'three', 'right of']
-    7 ['star', 'red', None, 'left of']
+    >>> nouns, objects = noun_labels("a red star left of three rings")
+    >>> for labels in (*nouns.values(), *objects):
+    ...     print([names[place] for names, place in zip(NOUN_LABELS.values(), labels, strict=True)])
+    ['star', 'red', None, None]
+    ['ring', None, 'three', 'right of']
+    ['star', 'red', None, 'left of']
+    ['ring', None, 'three', 'right of']
     ```
     """
     relations = {relation.split(" ")[0]: relation for relation in RELATIONS}
     nouns, told = dict[int, dict[str, str]](), dict[str, str]()
-    words = caption.split(" ")
-    for number, word in enumerate(words):
+    for number, word in enumerate(caption.split(" ")):
         shape = next((shape for shape in SHAPES if word.strip(",") in (shape, plural(shape))), None)
         if shape is not None:
             nouns[number], told = told | {"shape": shape}, {}
@@ -236,13 +239,14 @@ def noun_labels(caption: str) -> dict[int, tuple[int, ...]]:
             told["number"] = word
         elif word in relations:
             told["place"] = OPPOSITE[relations[word]]
-    if nouns:
-        first, last = next(iter(nouns.values())), nouns[max(nouns)]
-        nouns[len(words)] = first | ({"place": OPPOSITE[last["place"]]} if "place" in last else {})
-    return {
-        number: tuple(names.index(of_noun.get(kind)) for kind, names in NOUN_LABELS.items())
-        for number, of_noun in nouns.items()
-    }
+    objects = list(nouns.values())
+    if objects and "place" in objects[-1]:
+        objects[0] = objects[0] | {"place": OPPOSITE[objects[-1]["place"]]}
+
+    def labels(of_noun: dict[str, str]) -> tuple[int, ...]:
+        return tuple(names.index(of_noun.get(kind)) for kind, names in NOUN_LABELS.items())
+
+    return {number: labels(of_noun) for number, of_noun in nouns.items()}, [labels(item) for item in objects]
 
 
 def _listed(phrases: Sequence[str]) -> str:
