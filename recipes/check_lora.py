@@ -33,7 +33,7 @@ STRIPES = np.array([(12, 20, 80), (0, 120, 130)])  # navy and teal, sRGB
 @dataclass
 class CheckLoraConfig:
     output_dir: str = field(default="outputs/lora-check", metadata={"help": "Folder of everything."})
-    config: str = field(default="recipes/configs/shapes-lora.yaml", metadata={"help": "Settings of the LoRA."})
+    lora_config: str = field(default="recipes/configs/shapes-lora.yaml", metadata={"help": "Settings of the LoRA."})
     checkpoint: str | None = field(default=None, metadata={"help": "Pipeline to adapt. Default: the shipped one."})
     pictures: int = field(default=64, metadata={"help": "Pictures in the style, all that the LoRA sees."})
     steps: int | None = field(default=None, metadata={"help": "Steps of its training. Default: as the settings say."})
@@ -84,7 +84,7 @@ def main(config: CheckLoraConfig):
     for number, picture in enumerate(style_pictures):
         picture.save(folder / f"{number:04d}.png")
 
-    flags = ["--config", config.config, "--images", str(folder), "--output_dir", str(output / "run")]
+    flags = ["--config", config.lora_config, "--images", str(folder), "--output_dir", str(output / "run")]
     flags += ["--init_from", config.checkpoint] if config.checkpoint is not None else []
     flags += ["--max_steps", str(config.steps)] if config.steps is not None else []
     (settings,) = TrlParser(LoraTrainingConfig).parse_args_and_config(flags)

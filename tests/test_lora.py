@@ -99,7 +99,9 @@ def test_saved_and_loaded_it_is_the_same_and_the_file_holds_nothing_else(family,
     fresh.unload_lora_weights()
     assert torch.equal(draw(fresh), without) and fresh.get_list_adapters() == {}
     if family == "unet":  # weights in memory and a file say the same as its folder
-        fresh.load_lora_weights(load_file(tmp_path / FILE), "no-metadata")  # alpha is taken for the rank, which is half
+        fresh.load_lora_weights(
+            load_file(tmp_path / FILE), "no-metadata"
+        )  # alpha is taken for the rank, which is half
         fresh.set_adapters("no-metadata", 2.0)
         assert torch.allclose(draw(fresh), adapted, atol=1e-5)
         fresh.load_lora_weights(tmp_path / FILE)
