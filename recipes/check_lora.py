@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 from trl import TrlParser
 
-from iomm_hf import IOMMPipeline
+from iomm_hf import IOMMPipeline, training
 from iomm_hf.data.shapes import Background, Scene, corpus_scene, render
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.shapes import benchmark_plan, wilson_share
-from iomm_hf.training import LoraTrainingConfig, train
 from iomm_hf.training.checkpoints import write_json
 
 
@@ -38,7 +37,9 @@ class CheckLoraConfig:
     pictures: int = field(default=64, metadata={"help": "Pictures in the style, all that the LoRA sees."})
     steps: int | None = field(default=None, metadata={"help": "Steps of its training. Default: as the settings say."})
     pictures_per_task: int = field(default=16, metadata={"help": "Drawn of each of the benchmark's six tasks."})
-    scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0], metadata={"help": "Scales of the LoRA."})
+    scales: list[float] = field(
+        default_factory=lambda: [0.5, 1.0], metadata={"help": "Scales of the LoRA, beside none."}
+    )
     num_inference_steps: int = field(default=30, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     seed: int = field(default=2 * 10**6, metadata={"help": "Corpus of the scenes; another one than was trained on."})
@@ -87,8 +88,8 @@ def main(config: CheckLoraConfig):
     flags = ["--config", config.lora_config, "--images", str(folder), "--output_dir", str(output / "run")]
     flags += ["--init_from", config.checkpoint] if config.checkpoint is not None else []
     flags += ["--max_steps", str(config.steps)] if config.steps is not None else []
-    (settings,) = TrlParser(LoraTrainingConfig).parse_args_and_config(flags)
-    lora = train(settings)
+    (settings,) = TrlParser(training.LoraTrainingConfig).parse_args_and_config(flags)
+    lora = training.train(settings)
 
     pipeline = IOMMPipeline.from_pretrained(settings.init_from, dtype=torch.float32)
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
