@@ -275,10 +275,15 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
         Args:
             components (`list[str]`, *optional*): Parts to restore. Defaults to all.
         """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         components = components or self._lora_loadable_modules
-        was_fused = self.num_fused_loras > 0
+        models = [model for model in (getattr(self, component) for component in components) if model is not None]
+        fused = [
+            model
+            for model in models
+            if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules())
+        ]
         super().unfuse_lora(components)
-        if was_fused:  # diffusers would leave the layers scaled
-            for model in (getattr(self, component) for component in components):
-                if model is not None:
-                    unscale_lora_layers(model, self._fused_scale)
+        for model in fused:  # diffusers would leave their layers scaled
+            unscale_lora_layers(model, self._fused_scale)
