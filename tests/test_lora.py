@@ -238,6 +238,7 @@ def test_the_file_is_the_same_in_every_process_and_names_no_path(folder):
     assert metadata["text_encoder.base_model_name_or_path"] is None
 
 
+@pytest.mark.slow
 def test_without_peft_everything_but_loras_works(tmp_path):
     """peft belongs to the `train` extra: drawing needs none."""
     code = """
