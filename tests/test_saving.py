@@ -97,7 +97,7 @@ index |= {
     "processor": ["processing_iomm", "IOMMProcessor"],
 }
 (folder / "model_index.json").write_text(json.dumps(index))
-for name in ("pipeline_iomm", "generators", "modeling_iomm", "processing_iomm"):
+for name in ("pipeline_iomm", "generators", "lora", "modeling_iomm", "processing_iomm"):
     shutil.copy(pathlib.Path(iomm_hf.__file__).parent / f"{name}.py", folder)
 inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
 expected = {

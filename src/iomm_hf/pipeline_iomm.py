@@ -26,11 +26,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from PIL import Image
 
 from .generators import latent_multiple, predict_velocity, unwrap
+from .lora import IOMMLoraLoaderMixin
 from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
 from .processing_iomm import IOMMProcessor
 
@@ -51,7 +53,7 @@ EXAMPLE = """
 PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
-class IOMMPipeline(DiffusionPipeline):
+class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     r"""
     Draws what a text says, changes an image as told, or varies it.
 
@@ -328,7 +330,8 @@ class IOMMPipeline(DiffusionPipeline):
             sigmas (`list[float]`, *optional*): Noise levels of the steps, before the scheduler's shift.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): `False` gives a tuple.
-            attention_kwargs (`dict`, *optional*): Passed to the transformer, such as a LoRA `scale`.
+            attention_kwargs (`dict`, *optional*): Passed to the transformer, such as a LoRA `scale`, which scales
+                the transformer's part of it for this call; `set_adapters` scales both parts.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
                 each step; what it returns replaces those tensors. Setting `pipe._interrupt = True` stops the drawing.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors it gets.
@@ -448,8 +451,13 @@ class IOMMPipeline(DiffusionPipeline):
         from where `text_encoder.config.mllm_name_or_path` and `vae_name_or_path` say.
 
         Raises:
-            `ValueError`: `include_frozen=False` without both references.
+            `ValueError`: `include_frozen=False` without both references, or LoRAs are loaded.
         """
+        if USE_PEFT_BACKEND and any(self.get_list_adapters().values()):
+            raise ValueError(
+                f"LoRAs are loaded ({self.get_list_adapters()}), which would be torn apart in the folder. Save them with"
+                " save_lora_weights and call unload_lora_weights() first; to keep what they do, fuse_lora() before that."
+            )
         if include_frozen:
             return super().save_pretrained(save_directory, **kwargs)
         if self.config.vae_name_or_path is None:

@@ -46,6 +46,7 @@ def settings_of(path: Path, recipe) -> list[type]:
         "chat": "make_chat",
         "mllm": "sft_mllm",
         "cache": "precompute_latents",
+        "lora": "train_lora",
     }
     for word, name in recipes.items():
         if word in path.stem:

@@ -1,8 +1,8 @@
-"""The trainable unit and the one loop that runs both stages."""
+"""The trainable unit and the one loop that runs both stages and LoRAs."""
 
-from .config import FinetuneConfig, PretrainConfig
+from .config import FinetuneConfig, LoraTrainingConfig, PretrainConfig
 from .loop import train
 from .module import IOMMTrainingModule
 
 
-__all__ = ["FinetuneConfig", "IOMMTrainingModule", "PretrainConfig", "train"]
+__all__ = ["FinetuneConfig", "IOMMTrainingModule", "LoraTrainingConfig", "PretrainConfig", "train"]

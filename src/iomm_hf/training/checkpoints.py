@@ -1,9 +1,9 @@
 """Checkpoints of a run: a pipeline folder anybody can load, plus `state/`, what an exact resume needs.
 
 A checkpoint is written under a temporary name and renamed, so it is there whole or not at all; frozen weights stay out of
-it and are referenced. `state/` is local: JSON, safetensors and torch files read with `weights_only`, never published. Of
-sharded weights every rank writes and reads its own part there, and the generator's files are shared out among the ranks: none
-gathers the whole.
+it and are referenced; of a LoRA's run it holds the LoRA in place of the pipeline. `state/` is local: JSON, safetensors and
+torch files read with `weights_only`, never published. Of sharded weights every rank writes and reads its own part there,
+and the generator's files are shared out among the ranks: none gathers the whole.
 """
 
 import json
@@ -136,7 +136,11 @@ def save_pipeline(
     module: IOMMTrainingModule,
     include_frozen: bool,
 ):
-    """Writes the pipeline folder from the weights that the module holds; every rank must call it."""
+    """Writes the pipeline folder from the weights that the module holds, or of a LoRA's run the LoRA alone; every rank must
+    call it."""
+    if pipeline.get_list_adapters():
+        pipeline.save_lora_weights(folder, is_main_process=accelerator.is_main_process, **pipeline.lora_layers())
+        return
     if not isinstance(module, FSDPModule):
         if accelerator.is_main_process:
             pipeline.save_pretrained(folder, include_frozen=include_frozen)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..data.buckets import parse_aspect_ratio
 from ..data.sources import SourceConfig
 from ..flow_matching import TimestepSampling
+from ..shipped import shipped_model
 
 
 # May change between the parts of one run: they decide when it stops and what it shows, not what it computes.
@@ -232,6 +233,55 @@ class FinetuneConfig(TrainingConfig):
             )
         if self.mix_ratio > 0 and not self.images:
             raise ValueError(f"mix_ratio={self.mix_ratio} needs pictures without text: --images FOLDER.")
+
+
+@dataclass
+class LoraTrainingConfig(TrainingConfig):
+    """A LoRA: a finished pipeline learns from a few pictures, with text or without; its own weights stay as they are."""
+
+    output_dir: str = setting("outputs/lora", "Folder of the run: checkpoints, log, pictures, `final`.")
+    init_from: str | None = setting(
+        None, "Pipeline folder or Hub id to adapt. Default: the tiny model that comes with the package."
+    )
+    lora_rank: int = setting(16, "Rank r of the LoRA (our choice).")
+    lora_alpha: int | None = setting(None, "The LoRA is scaled by alpha / r. Default: r.")
+    lora_targets: list[str] = setting(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        "Layers of the generator that it changes, by the ends of their names. Default: those of every attention.",
+    )
+    lora_on_adapter: bool = setting(False, "Also adapts the condition encoder's adapter and connector.")
+    mix_ratio: float = setting(
+        0.5, "Share of image-only samples where there are `pairs` as well; otherwise all or none."
+    )
+    mask_ratio: float | None = setting(
+        0.85, "Share r of image tokens hidden, in [0, 1). What is shown of a picture need not be learned (our choice)."
+    )
+    condition_dropout: float = setting(
+        0.3,
+        "Share of samples trained without condition: what they teach carries over to texts that nobody wrote (our choice).",
+    )
+    batch_size: int = setting(8, "Samples a rank and forward pass (our choice).")
+    max_steps: int = setting(500, "Optimizer steps of the run (our choice).")
+    warmup_steps: int = setting(20, "Steps of linear warm-up (our choice).")
+    ema_decay: float = setting(0.0, "EMA of the LoRA; 0 turns it off (our choice: such runs are short).")
+    save_every: int = setting(250, "Steps between checkpoints.")
+
+    def __post_init__(self):
+        if not self.images and not self.pairs:
+            raise ValueError("Give pictures, --images FOLDER, or pictures with text, `pairs:` in the YAML file.")
+        if not (self.images and self.pairs):
+            self.mix_ratio = 1.0 if self.images else 0.0
+        super().__post_init__()
+        if self.init_from is None:
+            self.init_from = str(shipped_model())
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be positive, got {self.lora_rank}.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
+        if not self.lora_targets:
+            raise ValueError("lora_targets names no layer; give the ends of some layers' names, such as to_q to_v.")
+        if self.fully_shard:
+            raise ValueError("fully_shard divides what trains, and a LoRA is small: leave it out (DDP serves).")
 
 
 def as_source(source: Any) -> SourceConfig:

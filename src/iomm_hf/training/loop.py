@@ -1,4 +1,4 @@
-"""The one loop that runs both stages, on one process or many, through Accelerate.
+"""The one loop that runs both stages and LoRAs, on one process or many, through Accelerate.
 
 `train` reads from top to bottom: build, resume, then step, log, show and save until `max_steps`. A killed run that is
 started again by the same command ends with the same weights, averages, optimizer and data order as one never killed.
@@ -55,8 +55,9 @@ from .checkpoints import (
     whole_folder,
     write_json,
 )
-from .config import TrainingConfig, changed_settings
+from .config import LoraTrainingConfig, TrainingConfig, changed_settings
 from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_signals_to_main
+from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
@@ -72,10 +73,11 @@ def train(config: TrainingConfig) -> Path:
     Runs one stage.
 
     Args:
-        config ([`PretrainConfig`] or [`FinetuneConfig`]): The run's settings.
+        config ([`PretrainConfig`], [`FinetuneConfig`] or [`LoraTrainingConfig`]): The run's settings.
 
     Returns:
-        `Path` of the finished pipeline, `output_dir/final`, which holds the averaged weights and its frozen parts.
+        `Path` of the finished pipeline, `output_dir/final`, which holds the averaged weights and its frozen parts; of a LoRA,
+        that alone and its card.
 
     Raises:
         `ValueError`: settings that do not fit, or that differ from those of the run to resume.
@@ -101,7 +103,11 @@ def train(config: TrainingConfig) -> Path:
         pipeline = build_once(lambda: build_pipeline(config), accelerator)
         if accelerator.is_main_process:
             start = {**software(), "config": config.to_dict(), "frozen": frozen_references(pipeline)}
+            if isinstance(config, LoraTrainingConfig):
+                start["base_hash"] = hash_weights(pipeline)
             write_json(output_dir / "run.json", start)
+    elif isinstance(config, LoraTrainingConfig):
+        pipeline = build_once(lambda: reload_base(config, output_dir / "run.json"), accelerator)
     else:
         pipeline = build_once(lambda: IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32), accelerator)
     resolution = config.resolution or pipeline.resolution
@@ -153,6 +159,8 @@ def train(config: TrainingConfig) -> Path:
         build_alignment(config, pipeline, stream, resolution),
         config.alignment_weight,
     ).train()
+    if isinstance(config, LoraTrainingConfig):
+        add_lora(module, config)
     if config.gradient_checkpointing:
         module.encoder.activation_checkpointing_enable()
         module.transformer.enable_gradient_checkpointing()
@@ -278,12 +286,16 @@ def train(config: TrainingConfig) -> Path:
             )
         raise SystemExit(0)
 
-    # 6. The result: whole in itself, but for frozen parts that the Hub holds
+    # 6. The result: whole in itself, but for frozen parts that the Hub holds; or a LoRA
     final = output_dir / "final"
-    if config.mixed_precision == "bf16" and not frozen_on_hub(pipeline) and accelerator.is_main_process:
+    adapts = isinstance(config, LoraTrainingConfig)
+    if config.mixed_precision == "bf16" and not adapts and not frozen_on_hub(pipeline) and accelerator.is_main_process:
         pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
     with whole_folder(final, accelerator) as folder, ema_weights(ema, module):
         save_pipeline(folder, accelerator, pipeline, module, include_frozen=not frozen_on_hub(pipeline))
+        if isinstance(config, LoraTrainingConfig) and accelerator.is_main_process:
+            card = lora_card(config, module, samples=step * images_per_step)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     all_skipped = total(skipped)
     if all_skipped:
         logger.warning("Bad samples skipped: %s", dict(all_skipped))

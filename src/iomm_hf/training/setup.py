@@ -22,7 +22,7 @@ from ..presets import Preset, build_transformer, get_preset
 from ..processing_iomm import IOMMProcessor
 from ..shipped import shipped_model
 from .alignment import VisionAlignment, vision_tokens_per_side
-from .config import TrainingConfig
+from .config import LoraTrainingConfig, TrainingConfig
 
 
 # Fields of `IOMMConfig` that a run may set; a pipeline to start from brings its own.
@@ -116,6 +116,8 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         if given:
             raise ValueError(f"init_from={config.init_from!r} brings its own {', '.join(given)}; leave them out.")
         pipeline = IOMMPipeline.from_pretrained(config.init_from, dtype=torch.float32)
+        if isinstance(config, LoraTrainingConfig):
+            return pipeline  # its checkpoints refer to nothing: they hold the LoRA alone
         pin_frozen(pipeline, Path(config.output_dir) / "frozen")
         return pipeline
 
