@@ -213,7 +213,11 @@ def load_pipeline(checkpoint: str | None, device: str | None) -> "IOMMPipeline":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type
     try:
-        pipe = IOMMPipeline.from_pretrained(checkpoint or shipped_model()).to(device)
+        pipe = IOMMPipeline.from_pretrained(checkpoint or shipped_model())
+    except OSError as error:  # the Hub's client does not always say which id it misses
+        raise ValueError(f"--checkpoint {checkpoint}: {error}") from error
+    try:
+        pipe = pipe.to(device)
     except RuntimeError as error:  # torch's for a device that it does not know
         raise ValueError(f"--device {device}: {error}") from error
     pipe.set_progress_bar_config(disable=None)  # none where nobody watches
