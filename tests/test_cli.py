@@ -1,10 +1,16 @@
 """The command line through typer's own runner."""
 
 import json
+import os
+import subprocess
 import sys
 
+import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.cli import app
 
 
@@ -44,3 +50,107 @@ def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     done = run(str(tmp_path), command="plot")
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert "pip install 'iomm-hf[train]'" in done.stderr
+
+
+def test_generate_draws_what_the_pipeline_draws(tmp_path):
+    """With the shipped model, so right after installation and without a network (the environment of every test)."""
+    output = tmp_path / "star.png"
+    options = ("--steps", "2", "--num-images", "2", "--height", "32", "--width", "48", "--seed", "5")
+    done = run("a red star", "a ring", *options, "--output", str(output), "--json", command="generate")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [(p["prompt"], p["seed"]) for p in report["pictures"]] == [
+        ("a red star", 5),
+        ("a red star", 6),
+        ("a ring", 7),
+        ("a ring", 8),
+    ]
+    assert (report["height"], report["width"], report["steps"]) == (32, 48, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"star-{i}.png" for i in range(4)]
+    pipe = IOMMPipeline.from_pretrained(shipped_model())
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        ["a red star", "a ring"],
+        num_images_per_prompt=2,
+        height=32,
+        width=48,
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)],
+    ).images
+    for entry, picture in zip(report["pictures"], expected, strict=True):
+        assert Image.open(entry["path"]).tobytes() == picture.tobytes()
+
+
+def test_edit_and_ask_see_the_picture_upright(tmp_path):
+    """A camera's sideways picture is the same to both as the one turned by hand."""
+    upright = Image.new("RGB", (48, 64), "red")
+    upright.paste("blue", (0, 0, 48, 20))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "camera.png", exif=exif)
+    answers, pictures = [], []
+    for name in ("upright", "camera"):
+        source, output = str(tmp_path / f"{name}.png"), tmp_path / f"{name}-edited.png"
+        done = run(source, "make it green", "--steps", "1", "--output", str(output), command="edit")
+        assert done.stdout == f"Wrote {output}\n"
+        pictures.append(output.read_bytes())
+        answers.append(run(source, "--max-new-tokens", "12", command="ask").stdout)
+    assert pictures[0] == pictures[1] and answers[0] == answers[1] != "\n"
+    asked = run(source, "Is there a star?", "--max-new-tokens", "3", "--json", command="ask")
+    assert json.loads(asked.stdout).keys() == {"image", "question", "answer"}
+
+
+def test_pictures_are_not_replaced_unasked_and_leave_nothing_half_written(tmp_path, monkeypatch):
+    output = tmp_path / "picture.png"
+    output.write_text("mine")
+    arguments = ("a ring", "--steps", "1", "--output", str(output))
+    refused = run(*arguments, command="generate")
+    assert refused.exit_code == 2 and "exists; choose another --output or give --overwrite" in refused.stderr
+    assert output.read_text() == "mine"
+
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    failed = run(*arguments, "--overwrite", command="generate")
+    assert failed.exit_code == 1 and "could not be written" in failed.stderr and failed.stderr.count("\n") == 1
+    assert output.read_text() == "mine" and list(tmp_path.iterdir()) == [output]
+    monkeypatch.undo()
+    assert run(*arguments, "--overwrite", command="generate").exit_code == 0
+    assert Image.open(output).size == (64, 64) and list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", " "], "is blank"),
+        (["generate", "a", "--height", "50"], "multiples of"),
+        (["generate", "a", "--output", "picture.xyz"], "no picture is written as '.xyz'"),
+        (["generate", "a", "--output", "nowhere/picture.png"], "there is no folder"),
+        (["generate", "a", "--checkpoint", "nobody/nothing"], "nobody/nothing"),
+        (["generate", "a", "--num-images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+        (["generate", "a", "--device", "abacus"], "--device abacus"),
+        (["edit", "missing.png", "make it blue"], "missing.png"),
+        (["edit", "text.png", "make it blue"], "text.png: unknown_format"),
+        (["ask", "text.png"], "text.png: unknown_format"),
+        (["ask", "."], "Is a directory"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_two_and_says_why(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    done = run(*arguments[1:], command=arguments[0])
+    assert done.exit_code == 2 and message in done.stderr and done.stdout == "", done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
+
+
+@pytest.mark.parametrize("command", ["generate", "edit", "ask"])
+def test_help_names_every_option_without_loading_torch(command):
+    code = f"import sys; from iomm_hf.cli import app; sys.argv = ['iomm-hf', '{command}', '--help']\n"
+    code += "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert done.stdout.endswith("0 False\n"), done.stderr
+    assert all(option in done.stdout for option in ("--checkpoint", "--device", "--json"))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from PIL import Image
 
@@ -158,11 +159,17 @@ def test_components_build_the_same_pipeline_and_dtype_moves(pipe):
     assert draw(half, "a star", output_type="np").dtype in (np.float32, np.float64)
 
 
-def test_vae_slicing_and_tiling_change_nothing_at_this_size(pipe):
+def test_vae_slicing_changes_nothing_and_tiling_little(pipe):
     expected = draw(pipe, ["a", "b"], latents=noise(2), output_type="np")
     pipe.vae.enable_slicing()
     assert np.abs(draw(pipe, ["a", "b"], latents=noise(2), output_type="np") - expected).max() < 1e-5
     pipe.vae.disable_slicing()
+    kwargs = {"latents": torch.cat([noise(2), noise(3)[:2]], dim=3), "width": 128, "output_type": "np"}
+    whole = draw(pipe, ["a", "b"], **kwargs)
+    pipe.vae.enable_tiling()
+    tiled = draw(pipe, ["a", "b"], **kwargs)
+    pipe.vae.disable_tiling()
+    assert tiled.shape == (2, 64, 128, 3) and 0 < np.abs(tiled - whole).mean() < 0.1  # tiles are blended
 
 
 def test_config_round_trip(pipe, tmp_path):
@@ -217,6 +224,13 @@ def test_caches_of_the_generator_work_and_leave_no_trace(pipe):
     assert (outcomes[0.0] - expected).abs().max() < 1e-5
     assert (outcomes[1e6] - expected).abs().max() > 1e-4
     assert torch.equal(draw_slowly(), expected)
+    # steps without guidance have a batch of their own, and a cache of their own
+    interval = {"latents": noise(1), "num_inference_steps": 6, "guidance_interval": (0.4, 0.6)}
+    expected = draw(pipe, "a star", **interval)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    cached = draw(pipe, "a star", **interval)
+    pipe.transformer.disable_cache()
+    assert (cached - expected).abs().max() < 1e-5
 
 
 def test_pyramid_attention_broadcast_reads_the_running_step(pipe):
@@ -243,6 +257,64 @@ def test_group_offload_changes_nothing(pipe, level, flux):
     offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type=level, **blocks)
     expected = draw(pipe, "a star", latents=noise(1), output_type="np")
     assert np.abs(draw(offloaded, "a star", latents=noise(1), output_type="np") - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_offload_changes_neither_pictures_nor_answers(pipe, sequential, flux):
+    offloaded = tiny_pipeline(flux)
+    offloaded.transformer.load_state_dict(pipe.transformer.state_dict())
+    offloaded.set_progress_bar_config(disable=True)
+    if sequential:  # as `enable_sequential_cpu_offload` does, which itself wants an accelerator
+        for name in ("text_encoder", "transformer", "vae"):
+            cpu_offload(offloaded.components[name], torch.device("cpu"), offload_buffers=name == "text_encoder")
+            assert next(offloaded.components[name].parameters()).is_meta
+    else:
+        offloaded.enable_model_cpu_offload(device="cpu")
+    picture = Image.new("RGB", (64, 64), "red")
+    kwargs = {"prompt": "a star", "image": picture, "latents": noise(1), "output_type": "np"}
+    answer = pipe.ask(picture, "What is it?", max_new_tokens=4)
+    for _ in range(2):  # and again, after everything was put away
+        assert offloaded.ask(picture, "What is it?", max_new_tokens=4) == answer
+        assert np.abs(draw(offloaded, **kwargs) - draw(pipe, **kwargs)).max() < 1e-5
+
+
+def test_asking_brings_the_offloaded_encoder_in(pipe, flux):
+    """`generate` is no `forward`, so the hook that moves a model has to be called."""
+    offloaded = tiny_pipeline(flux)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    hook, moved = offloaded.text_encoder._hf_hook, []
+    plain = hook.pre_forward
+    hook.pre_forward = lambda module, *args, **kwargs: moved.append(module) or plain(module, *args, **kwargs)
+    offloaded.ask(Image.new("RGB", (64, 64)), "What is it?", max_new_tokens=1)
+    assert moved[0] is offloaded.text_encoder
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+def test_device_maps(pipe, device_map, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = IOMMPipeline.from_pretrained(tmp_path, device_map=device_map)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, "a star", latents=noise(1)), draw(pipe, "a star", latents=noise(1)))
+
+
+def test_weights_may_be_stored_in_eight_bits(pipe, flux):
+    small = tiny_pipeline(flux)
+    small.transformer.load_state_dict(pipe.transformer.state_dict())
+    small.set_progress_bar_config(disable=True)
+    small.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in small.transformer.parameters()}
+    difference = draw(small, "a star", latents=noise(1)) - draw(pipe, "a star", latents=noise(1))
+    assert 0 < difference.abs().max() < 0.1
+
+
+@pytest.mark.slow
+def test_repeated_blocks_compile_without_a_break(pipe, flux):
+    compiled = tiny_pipeline(flux)
+    compiled.transformer.load_state_dict(pipe.transformer.state_dict())
+    compiled.set_progress_bar_config(disable=True)
+    compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    difference = draw(compiled, "a star", latents=noise(1)) - draw(pipe, "a star", latents=noise(1))
+    assert difference.abs().max() < 1e-4
 
 
 def test_each_part_may_have_its_own_dtype(pipe, tmp_path):

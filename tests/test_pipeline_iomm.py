@@ -1,14 +1,24 @@
-"""What is IOMM's own about the pipeline: three kinds of input, guidance, frozen parts left out, clear refusals."""
+"""What is IOMM's own about the pipeline: kinds of input, guidance, questions, frozen parts left out, clear refusals."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
-from iomm_hf import IOMMPipeline
+from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf.data.shapes_chat import DESCRIBE
 from iomm_hf.modeling_iomm import hash_weight_files
-from iomm_hf.pipeline_iomm import decode_latents, draw_latents, join_conditions
+from iomm_hf.pipeline_iomm import decode_latents, draw_latents, guide, join_conditions
 from iomm_hf.tiny import tiny_pipeline
 
 
@@ -37,6 +47,31 @@ def test_prompt_edit_and_variation_are_different_conditions(pipe, images):
         assert all((one - two).abs().max() > 1e-4 for two in pictures[:i])
 
 
+def test_one_batch_mixes_drawing_editing_several_references_and_varying(pipe, images):
+    prompts = ["a red star", "make it blue", "put both in one picture", None]
+    references = [None, images[0], [images[1], images[2]], images[3]]
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    together = draw(pipe, prompts, references, latents=noise)
+    alone = [
+        draw(pipe, prompts[0], latents=noise[:1]),
+        draw(pipe, prompts[1], images[0], latents=noise[1:2]),
+        draw(pipe, prompts[2], [references[2]], latents=noise[2:3]),
+        draw(pipe, image=images[3], latents=noise[3:]),
+    ]
+    assert (together - torch.cat(alone)).abs().max() < 1e-4
+
+
+def test_every_reference_of_an_edit_counts(pipe, images):
+    def edit(*pictures):
+        return draw(pipe, "put both in one picture", [list(pictures)])
+
+    both = edit(images[0], images[1])
+    for others in ((images[0],), (images[0], images[2]), (images[1], images[0])):
+        assert (edit(*others) - both).abs().max() > 1e-4
+    varied = draw(pipe, image=[[images[0], images[1]]])
+    assert (varied - draw(pipe, image=images[0])).abs().max() > 1e-4
+
+
 def test_negative_prompt_changes_the_picture_and_defaults_to_the_unconditional_instruction(pipe):
     default = draw(pipe, "a red circle")
     assert (draw(pipe, "a red circle", negative_prompt="a blue star") - default).abs().max() > 1e-4
@@ -52,6 +87,148 @@ def test_guidance_extrapolates_from_the_negative_branch(pipe):
     )
     assert (double - without).abs().max() > 1e-4
     assert torch.allclose(triple - double, double - without, atol=1e-4)
+
+
+@pytest.fixture
+def edit_once(pipe, images):
+    """One step of an edit is linear in the velocity."""
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    return lambda **kwargs: draw(
+        pipe, "make it blue", images[0], num_images_per_prompt=2, latents=noise, steps=1, **kwargs
+    )
+
+
+def test_picture_and_text_are_guided_apart(pipe, images, edit_once):
+    assert torch.allclose(edit_once(guidance_scale=3, image_guidance_scale=3), edit_once(guidance_scale=3), atol=1e-4)
+    by_image = [edit_once(guidance_scale=3, image_guidance_scale=scale) for scale in (1, 2, 3)]
+    assert (by_image[1] - by_image[0]).abs().max() > 1e-3
+    assert torch.allclose(by_image[2] - by_image[1], by_image[1] - by_image[0], atol=1e-4)
+    # At the scales 0 and 1 nothing but the picture's own branch is left.
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    varied = draw(pipe, image=images[0], num_images_per_prompt=2, latents=noise, steps=1, guidance_scale=1)
+    assert torch.allclose(edit_once(guidance_scale=0, image_guidance_scale=1), varied, atol=1e-4)
+
+
+def test_rescaling_gives_the_guided_velocity_the_spread_of_the_unguided_one():
+    negative, conditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    spread = {
+        rescale: guide([negative, conditional], 5.0, None, rescale).std(dim=(1, 2, 3)) for rescale in (0.0, 0.5, 1.0)
+    }
+    assert torch.allclose(spread[1.0], conditional.std(dim=(1, 2, 3)))
+    assert torch.allclose(spread[0.5], (spread[0.0] + spread[1.0]) / 2)
+    assert (spread[0.0] > 2 * spread[1.0]).all()
+
+
+def test_guidance_interval_guides_its_steps_only_and_spares_the_rest(pipe):
+    sizes = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    halves = draw(pipe, "a red star", steps=4, guidance_interval=(0.25, 0.75))
+    hook.remove()
+    assert sizes == [1, 2, 2, 1]
+
+    def switch(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0 if step + 1 in (1, 2) else 1.0
+        return {}
+
+    unguided_first = draw(pipe, "a red star", steps=4, guidance_interval=(0.25, 1.0), callback_on_step_end=switch)
+    assert torch.allclose(halves, unguided_first, atol=1e-5)
+    assert (halves - draw(pipe, "a red star", steps=4)).abs().max() > 1e-4
+
+
+def test_previews_show_where_the_drawing_leads(pipe):
+    previews = []
+
+    def preview(pipe, step, timestep, tensors):
+        previews.append(pipe.decode(tensors["denoised"], "np"))
+        return {}
+
+    pictures = draw(
+        pipe,
+        "a red star",
+        steps=4,
+        output_type="np",
+        callback_on_step_end=preview,
+        callback_on_step_end_tensor_inputs=["denoised"],
+    )
+    distances = [np.abs(picture - pictures).mean() for picture in previews]
+    assert len(previews) == 4 and previews[0].shape == (1, 64, 64, 3)
+    assert distances[-1] < 1e-5 and distances[0] > distances[-1]
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pipe = IOMMPipeline.from_pretrained(shipped_model())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_other_solvers_end_where_many_steps_of_euler_end(trained):
+    """The trained model's path is curved, so a wrong sign, time or shift would lead elsewhere."""
+    euler = trained.scheduler
+    kwargs = {"prompt": "a red circle", "height": 32, "width": 32, "guidance_scale": 1.0}
+    exact = draw(trained, **kwargs, steps=64)
+    euler_error = (draw(trained, **kwargs, steps=12) - exact).std()
+    assert euler_error < 0.2 * exact.std()
+    try:
+        for scheduler in (
+            FlowMatchHeunDiscreteScheduler.from_config(euler.config),
+            UniPCMultistepScheduler.from_config(euler.config, **FLOW),
+            DPMSolverMultistepScheduler.from_config(euler.config, **FLOW),
+        ):
+            trained.scheduler = scheduler
+            assert (draw(trained, **kwargs, steps=12) - exact).std() < euler_error, type(scheduler)
+    finally:
+        trained.scheduler = euler
+
+
+def test_schedulers_that_add_noise_take_it_from_the_seeds(pipe):
+    euler = pipe.scheduler
+    seeds = lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    try:
+        for scheduler in (
+            FlowMatchLCMScheduler.from_config(euler.config),
+            FlowMatchEulerDiscreteScheduler.from_config(euler.config, stochastic_sampling=True),
+        ):
+            pipe.scheduler = scheduler
+            both = pipe(["a star"] * 2, num_inference_steps=2, output_type="latent", generator=seeds(3, 4)).images
+            assert torch.allclose(draw(pipe, "a star", seed=4)[0], both[1], atol=1e-4)
+            assert not torch.allclose(draw(pipe, "a star", seed=3)[0], both[1], atol=1e-2)
+    finally:
+        pipe.scheduler = euler
+
+
+def test_a_scheduler_is_kept_by_save_and_from_pipe(pipe, tmp_path):
+    heun = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    other = IOMMPipeline.from_pipe(IOMMPipeline.from_pipe(pipe, scheduler=heun))
+    assert other.scheduler is heun
+    other.save_pretrained(tmp_path)
+    assert type(IOMMPipeline.from_pretrained(tmp_path).scheduler) is FlowMatchHeunDiscreteScheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "message"),
+    [
+        (EulerDiscreteScheduler, {}, "EulerDiscreteScheduler does not integrate a velocity; use FlowMatchEuler"),
+        (UniPCMultistepScheduler, {}, "set for noise prediction; build it with"),
+        (DPMSolverMultistepScheduler, FLOW | {"use_karras_sigmas": True}, "without use_karras_sigmas"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "invert_sigmas=False"),
+        (FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}, "one `shift`"),
+    ],
+)
+def test_schedulers_that_lead_elsewhere_are_refused(pipe, scheduler, settings, message):
+    euler = pipe.scheduler
+    try:
+        pipe.scheduler = scheduler(**settings)
+        with pytest.raises(ValueError, match=message):
+            draw(pipe, "a star")
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+        with pytest.raises(ValueError, match="leave out `sigmas`"):
+            draw(pipe, "a star", sigmas=[1.0, 0.5])
+    finally:
+        pipe.scheduler = euler
 
 
 def test_all_condition_rows_pad_both_branches(pipe):
@@ -127,6 +304,41 @@ def test_understanding_answers_through_the_same_encoder(pipe, images):
     question = pipe.processor.encode([pipe.processor.understand("What is it?", images[0])])
     answer = pipe.text_encoder.generate(**question, max_new_tokens=4, do_sample=False)
     assert torch.equal(answer, pipe.text_encoder.mllm.generate(**question, max_new_tokens=4, do_sample=False))
+    text = pipe.processor.tokenizer.decode(answer[0, question["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert pipe.ask(images[0], "What is it?", max_new_tokens=4) == text.strip()
+
+
+def test_questions_in_batches_are_answered_as_alone(trained, images):
+    red = trained("a red circle", num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images[0]
+    pictures, questions = (
+        [red, images[0], images[1]],
+        ["Describe the image.", "Is there a star?", "How many are there?"],
+    )
+    together = trained.ask(pictures, questions, max_new_tokens=12)
+    assert together == [trained.ask(*pair, max_new_tokens=12) for pair in zip(pictures, questions, strict=True)]
+    assert together[0] == trained.describe(red, max_new_tokens=12) and together[0]
+    assert (
+        trained.describe([red], max_new_tokens=12) == trained.ask([red], DESCRIBE, max_new_tokens=12) == together[:1]
+    )
+    two = trained.ask([[red, images[0]]], DESCRIBE, max_new_tokens=12)
+    assert two == trained.ask([[red, images[0]]], [DESCRIBE], max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "What?"), "Give an `image`"),
+        (([[]], "What?"), "at least one picture"),
+        ((Image.new("RGB", (8, 8)), "  "), "none of them blank, got '  '"),
+        ((Image.new("RGB", (8, 8)), ["a?", "b?"]), "`question` has 2 entries, `image` has 1"),
+        ((Image.new("RGB", (8, 8)), "What?", 0), "at least 1, got 0"),
+        ((Image.new("RGB", (8, 8)), "What?", 2000), "max_new_tokens=2000 are more than the 1024"),
+        ((torch.full((1, 3, 8, 8), torch.nan), "What?"), r"in \[0, 1\], got values from nan"),
+    ],
+)
+def test_bad_questions_are_refused_with_the_value(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.ask(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +359,28 @@ def test_understanding_answers_through_the_same_encoder(pipe, images):
         ({"prompt": "a", "generator": [torch.Generator()] * 2}, "2 generators .* batch of 1"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\]"),
         ({"prompt": "circle " * 1200}, "longer than the 1024"),
+        ({"prompt": " "}, "is blank, got ' '"),
+        ({"prompt": ["a", ""]}, "is blank, got ''"),
+        ({"prompt": ["a", None], "image": [Image.new("RGB", (8, 8)), None]}, "both missing for entry 1"),
+        ({"prompt": "a", "image": []}, "an empty list"),
+        ({"prompt": "a", "image": Image.new("RGB", (0, 8))}, "0x8 pixels"),
+        ({"prompt": "a", "image": [Image.new("RGB", (8, 8))] * 2}, "a list in the list"),
+        ({"image": [Image.new("RGB", (8, 8)), None]}, "must hold a picture"),
+        ({"image": np.full((1, 8, 8, 3), np.nan)}, "got values from nan"),
+        ({"image": np.full((1, 8, 8, 3), 255)}, r"in \[0, 1\], got values from 255 to 255"),
+        ({"image": torch.zeros(3, 8, 8)}, r"\(batch, 3, height, width\), got \(3, 8, 8\)"),
+        ({"prompt_embeds": torch.full((1, 2, 128), torch.nan)}, "`prompt_embeds` holds 256 values that are NaN"),
+        ({"prompt_embeds": torch.zeros(0, 2, 128)}, r"\(batch, rows, 128\), got \(0, 2, 128\)"),
+        ({"prompt_embeds": torch.zeros(1, 2, 64)}, r"\(batch, rows, 128\), got \(1, 2, 64\)"),
+        ({"prompt_embeds": torch.zeros(1, 2, 128), "prompt_embeds_mask": torch.ones(1, 3)}, r"shape \(1, 2\)"),
+        ({"prompt": "a", "latents": torch.full((1, 4, 16, 16), torch.inf)}, "`latents` holds 1024 values"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number from 0, got nan"),
+        ({"prompt": "a", "guidance_rescale": 2}, "from 0 to 1, got 2"),
+        ({"prompt": "a", "guidance_interval": (0.5, 0.5)}, r"got \(0.5, 0.5\)"),
+        ({"prompt": "a", "image_guidance_scale": 2.0}, "needs a `prompt` and an `image`"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1, got 0"),
+        ({"prompt": "a", "sigmas": []}, r"got \[\]"),
+        ({"prompt": "a", "sigmas": [1.0, float("nan")]}, "got .*nan"),
     ],
 )
 def test_bad_input_is_refused_with_the_value(pipe, arguments, message):

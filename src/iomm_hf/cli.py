@@ -2,13 +2,20 @@
 
 import json
 import logging
+import os
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .pipeline_iomm import IOMMPipeline
 
 app = typer.Typer(help="IOMM for Hugging Face.", no_args_is_help=True, add_completion=False)
 
@@ -90,6 +97,212 @@ def estimate(
         f" {images:,} images take {cost.gpu_hours:,.0f} GPU hours"
     )
     typer.echo("Counted, not measured; what one H200 took beside its estimate is in benchmarks/README.md.")
+
+
+CheckpointOption = Annotated[
+    str | None, typer.Option(help="Pipeline folder or Hub id. Default: the tiny model that comes with the package.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Such as cuda or cpu. Default: the accelerator, if there is one.")
+]
+OutputOption = Annotated[
+    Path, typer.Option(help="Picture to write, in the format of its ending; several get -0, -1, ... before it.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the first picture; each further one counts on.")]
+StepsOption = Annotated[int, typer.Option(help="Steps from noise to image.")]
+GuidanceOption = Annotated[float, typer.Option(help="Strength of guidance; 1 turns it off and halves the cost.")]
+HeightOption = Annotated[int | None, typer.Option(help="Height, px. Default: that of the model's training.")]
+WidthOption = Annotated[int | None, typer.Option(help="Width, px. Default: that of the model's training.")]
+NumberOption = Annotated[int, typer.Option(help="Pictures for each prompt.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts make one batch.")],
+    checkpoint: CheckpointOption = None,
+    output: OutputOption = Path("picture.png"),
+    overwrite: OverwriteOption = False,
+    seed: SeedOption = 0,
+    steps: StepsOption = 30,
+    guidance_scale: GuidanceOption = 3.0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    num_images: NumberOption = 1,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+):
+    """Draw pictures from text. Ends with 2 for input that cannot be used, with 1 for files that cannot be written."""
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    draw(prompts, None, checkpoint, output, overwrite, seed, num_images, device, as_json, settings)
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(help="Picture to change.")],
+    instruction: Annotated[str, typer.Argument(help="What to change.")],
+    checkpoint: CheckpointOption = None,
+    output: OutputOption = Path("edited.png"),
+    overwrite: OverwriteOption = False,
+    seed: SeedOption = 0,
+    steps: StepsOption = 30,
+    guidance_scale: GuidanceOption = 3.0,
+    image_guidance_scale: Annotated[
+        float | None, typer.Option(help="Strength of the picture, apart from the instruction's. Default: the same.")
+    ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    num_images: NumberOption = 1,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+):
+    """Change a picture as told. Ends with 2 for input that cannot be used, with 1 for files that cannot be written."""
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    settings["image_guidance_scale"] = image_guidance_scale
+    draw([instruction], image, checkpoint, output, overwrite, seed, num_images, device, as_json, settings)
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="Picture to look at.")],
+    question: Annotated[str | None, typer.Argument(help="What to answer. Default: describe the picture.")] = None,
+    checkpoint: CheckpointOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which the answer is cut off.")] = 128,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+):
+    """Ask the frozen MLLM about a picture. Ends with 2 for input that cannot be used."""
+    with refusals():
+        picture = open_picture(image)
+        pipe = load_pipeline(checkpoint, device)
+        if question is None:
+            answer = pipe.describe(picture, max_new_tokens=max_new_tokens)
+        else:
+            answer = pipe.ask(picture, question, max_new_tokens=max_new_tokens)
+    if as_json:
+        typer.echo(json.dumps({"image": str(image), "question": question, "answer": answer}, indent=2))
+    else:
+        typer.echo(answer)
+
+
+@contextmanager
+def refusals():
+    """One line and exit code 2 for what the caller gave; libraries' warnings stay out of the way."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_pipeline(checkpoint: str | None, device: str | None) -> "IOMMPipeline":
+    import torch
+    from diffusers.utils.logging import disable_progress_bar as quieten_diffusers
+    from transformers.utils.logging import disable_progress_bar as quieten_transformers
+
+    from .pipeline_iomm import IOMMPipeline
+    from .shipped import shipped_model
+
+    quieten_diffusers()  # what loads in a second needs no bars
+    quieten_transformers()
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator.type
+    try:
+        pipe = IOMMPipeline.from_pretrained(checkpoint or shipped_model())
+    except OSError as error:  # the Hub's client does not always say which id it misses
+        raise ValueError(f"--checkpoint {checkpoint}: {error}") from error
+    try:
+        pipe = pipe.to(device)
+    except RuntimeError as error:  # torch's for a device that it does not know
+        raise ValueError(f"--device {device}: {error}") from error
+    pipe.set_progress_bar_config(disable=None)  # none where nobody watches
+    return pipe
+
+
+def open_picture(path: Path) -> "Image":
+    """A picture from a stranger's file, upright and in RGB."""
+    from .data.images import BadImage, load_image
+
+    try:
+        return load_image(path.read_bytes())
+    except BadImage as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def draw(
+    prompts: list[str],
+    image: Path | None,
+    checkpoint: str | None,
+    output: Path,
+    overwrite: bool,
+    seed: int,
+    num_images: int,
+    device: str | None,
+    as_json: bool,
+    settings: dict[str, Any],
+):
+    """The common part of `generate` and `edit`: draws, writes and reports."""
+    import torch
+    from PIL import Image
+
+    count = len(prompts) * num_images
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    with refusals():
+        Image.init()
+        picture_format = Image.registered_extensions().get(output.suffix.lower())
+        if picture_format not in Image.SAVE:
+            raise ValueError(
+                f"--output {output}: no picture is written as {output.suffix!r}; use .png, .jpg or .webp."
+            )
+        check_free(paths, overwrite)
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"--output {output}: there is no folder {output.absolute().parent}.")
+        picture = None if image is None else open_picture(image)
+        pipe = load_pipeline(checkpoint, device)
+        options = {("num_inference_steps" if name == "steps" else name): value for name, value in settings.items()}
+        pictures = pipe(
+            prompts,
+            image=None if picture is None else [picture],
+            num_images_per_prompt=num_images,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],  # the same on every device
+            return_dict=False,
+            **options,
+        )[0]
+        check_free(paths, overwrite)
+    for path, drawn in zip(paths, pictures, strict=True):
+        # There whole or not at all.
+        temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+        try:
+            drawn.save(temporary, picture_format)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            typer.echo(f"Error: {path} could not be written: {error}", err=True)
+            raise typer.Exit(1) from None
+    if not as_json:
+        for path in paths:
+            typer.echo(f"Wrote {path}")
+        return
+    report = {
+        "checkpoint": checkpoint,
+        "image": None if image is None else str(image),
+        **settings | {"height": pictures[0].height, "width": pictures[0].width},
+        "pictures": [
+            {"path": str(path), "prompt": prompts[i // num_images], "seed": seed + i} for i, path in enumerate(paths)
+        ],
+    }
+    typer.echo(json.dumps(report, indent=2))
+
+
+def check_free(paths: list[Path], overwrite: bool):
+    taken = [str(path) for path in paths if path.exists()]
+    if taken and not overwrite:
+        raise ValueError(f"{', '.join(taken)} exists; choose another --output or give --overwrite.")
 
 
 @app.command()

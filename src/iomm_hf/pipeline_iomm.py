@@ -6,10 +6,10 @@ and decodes.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,14 @@ from diffusers import (
     AutoencoderKL,
     CacheMixin,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     FluxTransformer2DModel,
+    SchedulerMixin,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     ZImageTransformer2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -27,11 +32,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from .generators import latent_multiple, predict_velocity, unwrap
+from .generators import condition_width, latent_multiple, predict_velocity, unwrap
 from .lora import IOMMLoraLoaderMixin
 from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
 from .processing_iomm import IOMMProcessor
@@ -52,6 +58,25 @@ EXAMPLE = """
 # Files of a published pipeline that loading needs; nothing that could hold a pickle.
 PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
+# A list has one entry a prompt; several pictures of one prompt are a list in the list.
+Prompts: TypeAlias = str | list[str] | list[str | None]
+Pictures: TypeAlias = (
+    Image.Image
+    | list[Image.Image]
+    | list[list[Image.Image]]
+    | list[Image.Image | list[Image.Image] | None]
+    | np.ndarray
+    | torch.Tensor
+)
+
+Scheduler: TypeAlias = (
+    FlowMatchEulerDiscreteScheduler
+    | FlowMatchHeunDiscreteScheduler
+    | FlowMatchLCMScheduler
+    | UniPCMultistepScheduler
+    | DPMSolverMultistepScheduler
+)
+
 
 class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     r"""
@@ -63,7 +88,9 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         transformer (`FluxTransformer2DModel`, `ZImageTransformer2DModel` or `UNet2DConditionModel`): The generator, which
             predicts the velocity.
         vae (`AutoencoderKL`): Turns latents into pictures; frozen.
-        scheduler (`FlowMatchEulerDiscreteScheduler`): Steps from noise to image.
+        scheduler (`FlowMatchEulerDiscreteScheduler`, `FlowMatchHeunDiscreteScheduler`, `FlowMatchLCMScheduler`,
+            `UniPCMultistepScheduler` or `DPMSolverMultistepScheduler`): Steps from noise to image; the last two with
+            `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
         vae_name_or_path (`str`, *optional*): Where the autoencoder is found when a checkpoint leaves it out.
         vae_subfolder (`str`, *optional*): Its folder there.
         vae_revision (`str`, *optional*): The commit it was trained with.
@@ -73,7 +100,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "denoised"]
 
     def __init__(
         self,
@@ -82,7 +109,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         # `from_pipe` wants the very classes
         transformer: FluxTransformer2DModel | ZImageTransformer2DModel | UNet2DConditionModel,
         vae: AutoencoderKL,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: Scheduler,
         vae_name_or_path: str | None = None,
         vae_subfolder: str | None = None,
         vae_revision: str | None = None,
@@ -105,8 +132,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
 
     def encode_prompt(
         self,
-        prompt: str | list[str] | None = None,
-        image: Image.Image | list[Image.Image] | None = None,
+        prompt: Prompts | None = None,
+        image: Pictures | None = None,
         negative_prompt: str | list[str] | None = None,
         do_classifier_free_guidance: bool = True,
         num_images_per_prompt: int = 1,
@@ -132,16 +159,17 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             )
 
         if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            images = [image] if isinstance(image, Image.Image) else image
-            if images is None:
-                conversations = [self.processor.text_to_image(text) for text in prompts or []]
-            elif prompts is None:
-                conversations = [self.processor.image_only(picture) for picture in images]
-            else:
-                conversations = [
-                    self.processor.edit(text, picture) for text, picture in zip(prompts, images, strict=True)
-                ]
+            references = as_picture_lists(image)
+            prompts: list[Any] = [prompt] if isinstance(prompt, str) else prompt or [None] * len(references or [])
+            references = references or [[]] * len(prompts)
+            conversations = []
+            for text, pictures in zip(prompts, references, strict=True):
+                if text is None:
+                    conversations.append(self.processor.image_only(*pictures))
+                elif pictures:
+                    conversations.append(self.processor.edit(text, *pictures))
+                else:
+                    conversations.append(self.processor.text_to_image(text))
             prompt_embeds, prompt_embeds_mask = self._encode(conversations, device)
         batch_size = len(prompt_embeds)
 
@@ -191,6 +219,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
+            check_finite("latents", latents)
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size} pictures.")
@@ -209,6 +238,12 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         width: int,
         num_inference_steps: int,
         callback_on_step_end_tensor_inputs: list[str],
+        guidance_scale: float = 1.0,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        sigmas: list[float] | None = None,
     ):
         """Refuses what cannot be drawn, with the value and what would do."""
         multiple = self.size_multiple
@@ -221,33 +256,84 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}."
             )
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        for name, value in (
+            ("guidance_scale", guidance_scale),
+            ("image_guidance_scale", image_guidance_scale),
+            ("guidance_rescale", guidance_rescale),
+        ):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number from 0, got {value}.")
+        if guidance_rescale > 1:
+            raise ValueError(f"guidance_rescale must be from 0 to 1, got {guidance_rescale}.")
+        if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+            raise ValueError(
+                f"guidance_interval must be (start, end), 0 <= start < end <= 1, got {guidance_interval}."
+            )
+        if sigmas is not None and not (len(sigmas) and all(0 < sigma <= 1 for sigma in sigmas)):
+            raise ValueError(f"sigmas must be noise levels above 0 and up to 1, got {sigmas}.")
+        check_scheduler(self.scheduler, sigmas)
+
         if prompt_embeds is None and prompt is None and image is None:
             raise ValueError("Give a `prompt`, an `image`, both, or `prompt_embeds`.")
         if prompt_embeds is not None and (prompt is not None or image is not None):
             raise ValueError("`prompt_embeds` replace `prompt` and `image`: give one or the other.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("`negative_prompt_embeds` replace `negative_prompt`: give one or the other.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            is_list = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-            if value is not None and not isinstance(value, str) and not is_list:
-                raise ValueError(f"`{name}` must be a str or a non-empty list of str, got {value!r}.")
-        images = [image] if isinstance(image, Image.Image) else image
-        if images is not None and (
-            not isinstance(images, list) or not images or not all(isinstance(item, Image.Image) for item in images)
+        for name, embeds, mask in (
+            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
+            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
         ):
-            raise ValueError(f"`image` must be a PIL image or a non-empty list of them, got {type(image).__name__}.")
+            if embeds is None:
+                continue
+            width = condition_width(self.transformer)
+            if embeds.ndim != 3 or embeds.shape[2] != width or not embeds.numel():
+                raise ValueError(f"`{name}` must have the shape (batch, rows, {width}), got {tuple(embeds.shape)}.")
+            if mask is not None and mask.shape != embeds.shape[:2]:
+                raise ValueError(
+                    f"`{name}_mask` must have the shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
+                )
+            check_finite(name, embeds)
+
+        negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        if negative_prompts is not None and (
+            not isinstance(negative_prompts, list)
+            or not negative_prompts
+            or not all(isinstance(text, str) for text in negative_prompts)
+        ):
+            raise ValueError(f"`negative_prompt` must be a str or a non-empty list of str, got {negative_prompt!r}.")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is not None and (
+            not isinstance(prompts, list)
+            or not prompts
+            or not all(text is None or isinstance(text, str) for text in prompts)
+        ):
+            raise ValueError(f"`prompt` must be a str or a non-empty list of str, got {prompt!r}.")
+
         batch = len(prompt_embeds) if prompt_embeds is not None else None
-        for name, value in (("prompt", prompt), ("image", images), ("negative_prompt", negative_prompt)):
-            if value is None:
+        for name, entries in (("prompt", prompts), ("image", image), ("negative_prompt", negative_prompts)):
+            if entries is None or (name == "negative_prompt" and len(entries) == 1):
                 continue
-            size = 1 if isinstance(value, str) else len(value)
-            if name == "negative_prompt" and size == 1:
-                continue
-            if batch is not None and size != batch:
-                raise ValueError(f"`{name}` has {size} entries, the others have {batch}.")
-            batch = size
+            if batch is not None and len(entries) != batch:
+                raise ValueError(
+                    f"`{name}` has {len(entries)} entries, the others have {batch}. Several pictures of one prompt are"
+                    " a list in the list."
+                )
+            batch = len(entries)
         if negative_prompt_embeds is not None and len(negative_prompt_embeds) != batch:
             raise ValueError(f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} entries, expected {batch}.")
+        for i, text in enumerate(prompts or []):
+            if text is None and (image is None or not image[i]):
+                raise ValueError(f"`prompt` and `image` are both missing for entry {i}: give one or both.")
+            if text is not None and not text.strip():
+                raise ValueError(f"`prompt` is blank, got {text!r}; to vary a picture, leave it out.")
+        if prompts is None and image is not None and not all(image):
+            raise ValueError("Without a `prompt`, each entry of `image` must hold a picture.")
+        if image_guidance_scale is not None and (
+            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
+        ):
+            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
     @property
     def size_multiple(self) -> int:
@@ -264,8 +350,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         return self._guidance_scale
 
     @property
+    def image_guidance_scale(self) -> float | None:
+        return self._image_guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        return self._guidance_scale > 1 or self._image_guidance_scale is not None
 
     @property
     def num_timesteps(self) -> int:
@@ -287,8 +381,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
-        image: Image.Image | list[Image.Image] | np.ndarray | torch.Tensor | None = None,
+        prompt: Prompts | None = None,
+        image: Pictures | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -307,20 +401,25 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (read only; diffusers' signature)
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple:
         r"""
         Draws pictures.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): What to draw, or with `image` what to change.
+            prompt (`str` or `list[str]`, *optional*): What to draw, or with `image` what to change. A list makes a batch.
             image (`PIL.Image.Image` or a list, `np.ndarray` (batch, height, width, 3) or `torch.Tensor` (batch, 3, height,
-                width) in [0, 1], *optional*): Reference to edit; without a prompt, to vary.
+                width) in [0, 1], *optional*): Reference to edit; without a prompt, to vary. A list has one entry a prompt:
+                a picture, a list of several pictures that the prompt speaks of, or `None`. With `None` among the prompts as
+                well, one batch mixes drawing, editing and varying.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Defaults to the
                 unconditional instruction that training used.
             height, width (`int`, *optional*): Size in pixels; defaults to `resolution`.
             num_inference_steps (`int`, *optional*, defaults to 30): Steps from noise to image.
             guidance_scale (`float`, *optional*, defaults to 3.0): Strength of guidance; 1 turns it off and halves the
-                cost (neighbours use 3 to 5; the paper gives none).
+                cost (neighbours use 3 to 5; the paper gives none). With `image_guidance_scale` that of the text alone.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures for each prompt.
             generator (`torch.Generator` or one per picture, *optional*): Makes the result repeatable.
             latents (`torch.Tensor` of shape `(pictures, channels, height / f, width / f)`, *optional*): Starting noise.
@@ -334,17 +433,28 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 the transformer's part of it for this call; `set_adapters` scales both parts.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
                 each step; what it returns replaces those tensors. Setting `pipe._interrupt = True` stops the drawing.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors it gets.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors it gets: `"latents"`,
+                `"prompt_embeds"`, or `"denoised"`, the clean latents that the step predicts, which
+                [`~IOMMPipeline.decode`] makes a preview.
+            image_guidance_scale (`float`, *optional*): Strength of the reference in an edit, apart from the text's, by
+                InstructPix2Pix's three branches (negative, picture alone, both), at 3/2 of the cost. Without it both
+                are guided by `guidance_scale`, which equals giving the same value twice.
+            guidance_rescale (`float`, *optional*, defaults to 0.0): How far, from 0 to 1, the guided velocity's standard
+                deviation goes back to the unguided one's (Lin et al., arXiv 2305.08891, section 3.4).
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): Guides only those steps whose
+                share of the way, 0 for the first, is in [start, end) (Kynkäänniemi et al., arXiv 2404.07724); the others
+                cost half.
 
         Returns:
             [`ImagePipelineOutput`] with `images`, or a tuple.
 
         Raises:
-            `ValueError`: sizes not divisible, no input, or inputs that do not fit together.
+            `ValueError`: sizes not divisible, no input, blank, empty or not finite input, inputs that do not fit together,
+                or a scheduler that does not integrate a velocity.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        references = as_pil(image)
+        references = as_picture_lists(image)
         height = height or self.resolution
         width = width or self.resolution
         self.check_inputs(
@@ -359,8 +469,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             width,
             num_inference_steps,
             callback_on_step_end_tensor_inputs,
+            guidance_scale,
+            image_guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            num_images_per_prompt,
+            sigmas,
         )
         self._guidance_scale = guidance_scale
+        self._image_guidance_scale = image_guidance_scale
+        self._guidance_rescale = guidance_rescale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
@@ -384,20 +502,33 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
 
         # 2. Noise and steps
         latents = self.prepare_latents(batch_size, height, width, torch.float32, device, generator, latents)
-        # Without explicit sigmas the scheduler would spend its last step at 0.001 and apply its shift twice.
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        if isinstance(self.scheduler, FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler):
+            self.scheduler.set_timesteps(num_inference_steps, device=device)  # these space their steps themselves
+        else:
+            # Without explicit sigmas the scheduler would spend its last step at 0.001 and apply its shift twice.
+            if sigmas is None:
+                sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+            self.scheduler.set_timesteps(sigmas=np.array(sigmas), device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        # Those that add noise on the way draw it from the caller's generators.
+        step_kwargs = {} if isinstance(self.scheduler, UniPCMultistepScheduler) else {"generator": generator}
 
-        # 3. Both branches of guidance run as one batch, the conditional one last, as diffusers' caches expect.
+        # 3. All branches of guidance run as one batch, the conditional one last, as diffusers' caches expect.
         condition, condition_mask = prompt_embeds, prompt_embeds_mask
-        guided = negative_prompt_embeds is not None
+        if image_guidance_scale is not None:
+            image_embeds, image_embeds_mask = self._encode(
+                [self.processor.image_only(*pictures) for pictures in references or []], device
+            )
+            image_embeds = image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+            if image_embeds_mask is not None:
+                image_embeds_mask = image_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
+            condition, condition_mask = join_conditions(image_embeds, image_embeds_mask, condition, condition_mask)
         if negative_prompt_embeds is not None:
             condition, condition_mask = join_conditions(
-                negative_prompt_embeds, negative_prompt_embeds_mask, prompt_embeds, prompt_embeds_mask
+                negative_prompt_embeds, negative_prompt_embeds_mask, condition, condition_mask
             )
+        branches = len(condition) // batch_size
 
         # 4. From noise to image
         denoiser = unwrap(self.transformer)
@@ -406,26 +537,35 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                inputs = torch.cat([latents] * 2) if guided else latents
-                timestep = (t / self.scheduler.config.num_train_timesteps).expand(len(inputs)).to(dtype)
-                # diffusers' caches, such as First Block Cache, want each call of the denoiser named.
-                with denoiser.cache_context("cond_uncond") if isinstance(denoiser, CacheMixin) else nullcontext():
+                guided = branches > 1 and guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                rows = len(condition) if guided else batch_size
+                inputs = torch.cat([latents] * branches) if guided else latents
+                time = t / self.scheduler.config.num_train_timesteps
+                # diffusers' caches, such as First Block Cache, want each call of the denoiser named; what one of the two
+                # holds does not fit the other's batch.
+                name = "cond_uncond" if guided else "cond"
+                with denoiser.cache_context(name) if isinstance(denoiser, CacheMixin) else nullcontext():
                     velocity = predict_velocity(
                         self.transformer,
                         inputs.to(dtype),
-                        timestep,
-                        condition.to(dtype),
-                        condition_mask,
+                        time.expand(rows).to(dtype),
+                        condition[-rows:].to(dtype),
+                        None if condition_mask is None else condition_mask[-rows:],
                         self.attention_kwargs,
                     ).float()
-                if guided:
-                    negative, velocity = velocity.chunk(2)
-                    # read anew at each step, since a callback may change it
-                    velocity = negative + self.guidance_scale * (velocity - negative)
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                if guided:  # scales are read anew at each step, since a callback may change them
+                    velocity = guide(
+                        velocity.chunk(branches), self.guidance_scale, self.image_guidance_scale, self.guidance_rescale
+                    )
+                before = latents
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False, **step_kwargs)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": condition[-batch_size:]}
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": condition[-batch_size:],
+                        "denoised": before - time * velocity,
+                    }
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, chosen)
                     latents = changed.pop("latents", latents)
@@ -435,15 +575,124 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         self._current_timestep = None
 
         # 5. Pictures
-        if output_type == "latent":
-            images = latents
-        else:
-            images = decode_latents(self.vae, latents)
-            images = self.image_processor.postprocess(images, output_type=output_type)
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     __call__.__doc__ = (__call__.__doc__ or "") + EXAMPLE
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
+        r"""
+        Pictures of latents, as at the end of a drawing; in a callback, a preview of where it leads.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height / f, width / f)`): Scaled latents, such as a
+                callback's `denoised`.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (batch_size, height, width, 3) or `"pt"`
+                (batch_size, 3, height, width), the last two in [0, 1].
+
+        Example:
+
+        ```python
+        >>> from iomm_hf.tiny import tiny_pipeline
+        >>> pipe = tiny_pipeline()
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> def preview(pipe, step, timestep, tensors):
+        ...     print(step, pipe.decode(tensors["denoised"])[0].size)
+        ...     return {}
+        >>> _ = pipe(
+        ...     "a red circle",
+        ...     num_inference_steps=2,
+        ...     callback_on_step_end=preview,
+        ...     callback_on_step_end_tensor_inputs=["denoised"],
+        ... )
+        0 (64, 64)
+        1 (64, 64)
+
+        ```
+        """
+        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
+
+    @torch.no_grad()
+    def ask(
+        self, image: Pictures, question: str | list[str], max_new_tokens: int = 128, **generate_kwargs
+    ) -> str | list[str]:
+        r"""
+        What the frozen MLLM answers about a picture: exactly what it answered before any training of the generator.
+
+        Args:
+            image (`PIL.Image.Image` or a list, `np.ndarray` (batch, height, width, 3) or `torch.Tensor` (batch, 3, height,
+                width) in [0, 1]): The picture. A list has one entry a question: a picture, or a list of several.
+            question (`str` or `list[str]`): What to answer. One question is put to all pictures.
+            max_new_tokens (`int`, *optional*, defaults to 128): Tokens after which an answer is cut off.
+            generate_kwargs (*optional*): Passed to the MLLM's `generate`; without any, the answer is the greedy one.
+
+        Returns:
+            `str` for one picture and one question that are no lists, otherwise `list[str]`.
+
+        Raises:
+            `ValueError`: a missing picture, a blank question, numbers that differ, or more tokens than the MLLM takes.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from iomm_hf.tiny import tiny_pipeline
+        >>> answer = tiny_pipeline().ask(Image.new("RGB", (64, 64)), "What is it?", max_new_tokens=4)
+        >>> isinstance(answer, str)  # its weights are random: so is what it says
+        True
+
+        ```
+        """
+        if self.text_encoder is None or self.processor is None:
+            raise ValueError("This pipeline has no text_encoder or no processor, which answer questions.")
+        pictures = as_picture_lists(image)
+        if pictures is None or not all(pictures):
+            raise ValueError("Give an `image`, or a list with at least one picture for each question.")
+        questions = [question] * len(pictures) if isinstance(question, str) else question
+        if not isinstance(questions, list) or not all(isinstance(text, str) and text.strip() for text in questions):
+            raise ValueError(f"`question` must be a str or a list of str, none of them blank, got {question!r}.")
+        if len(questions) != len(pictures):
+            raise ValueError(f"`question` has {len(questions)} entries, `image` has {len(pictures)}.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+
+        turns = [self.processor.understand(text, *some) for text, some in zip(questions, pictures, strict=True)]
+        inputs = self.processor.encode(turns).to(self._execution_device)
+        length = inputs["input_ids"].shape[1]
+        limit = self.text_encoder.config.get_text_config().max_position_embeddings
+        if length + max_new_tokens > limit:
+            raise ValueError(
+                f"{length} tokens of question and picture and max_new_tokens={max_new_tokens} are more than the {limit}"
+                " that the MLLM takes. Shorten the question or the answer."
+            )
+        # Offloading moves the encoder where its `forward` is called; `generate` is another door.
+        generate = apply_forward_hook(type(self.text_encoder).generate)
+        answers = generate(
+            self.text_encoder, **inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
+        )
+        self.maybe_free_model_hooks()
+        texts = self.processor.tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
+        texts = [text.strip() for text in texts]
+        return texts[0] if isinstance(image, Image.Image) and isinstance(question, str) else texts
+
+    def describe(self, image: Pictures, **kwargs) -> str | list[str]:
+        r"""
+        The frozen MLLM's caption of a picture, or of each in a batch; arguments as those of [`~IOMMPipeline.ask`].
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from iomm_hf.tiny import tiny_pipeline
+        >>> captions = tiny_pipeline().describe([Image.new("RGB", (64, 64))] * 2, max_new_tokens=4)
+        >>> len(captions)
+        2
+
+        ```
+        """
+        return self.ask(image, "Describe the image.", **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, include_frozen: bool = True, **kwargs):
         r"""
@@ -521,15 +770,91 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         )
 
 
-def as_pil(
-    image: Image.Image | list[Image.Image] | np.ndarray | torch.Tensor | None,
-) -> Image.Image | list[Image.Image] | None:
-    """Arrays (B, H, W, 3) and tensors (B, 3, H, W) in [0, 1] as a list of pictures; anything else as it is."""
-    if isinstance(image, torch.Tensor):
-        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))
-    if isinstance(image, np.ndarray):
-        return VaeImageProcessor.numpy_to_pil(image)
-    return image
+def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:
+    """One list of pictures for each prompt; arrays (B, H, W, 3) and tensors (B, 3, H, W) in [0, 1] hold one a prompt."""
+    if image is None:
+        return None
+    if isinstance(image, np.ndarray | torch.Tensor):
+        channels = 1 if isinstance(image, torch.Tensor) else 3
+        if image.ndim != 4 or image.shape[channels] != 3 or 0 in image.shape:
+            wanted = "(batch, 3, height, width)" if channels == 1 else "(batch, height, width, 3)"
+            raise ValueError(f"`image` must have the shape {wanted}, got {tuple(image.shape)}.")
+        if not (image.min() >= 0 and image.max() <= 1):  # NaN is in no range
+            raise ValueError(f"`image` must be in [0, 1], got values from {image.min()} to {image.max()}.")
+        array = VaeImageProcessor.pt_to_numpy(image) if isinstance(image, torch.Tensor) else image
+        return [[picture] for picture in VaeImageProcessor.numpy_to_pil(array)]
+    lists = []
+    for entry in [image] if isinstance(image, Image.Image) else image if isinstance(image, list) else [image]:
+        pictures = [] if entry is None else entry if isinstance(entry, list) else [entry]
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                raise ValueError(
+                    "`image` must be a PIL image, an array, a tensor, or a list with a PIL image, a list of them or"
+                    f" None for each prompt, got {type(picture).__name__}."
+                )
+            if 0 in picture.size:
+                raise ValueError(f"`image` holds a picture of {picture.width}x{picture.height} pixels: it is empty.")
+        lists.append(pictures)
+    if not lists:
+        raise ValueError("`image` is an empty list: give at least one picture, or leave it out.")
+    return lists
+
+
+def check_finite(name: str, tensor: torch.Tensor):
+    """Refuses what would only show as a black picture, many steps later."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(f"`{name}` holds {bad} values that are NaN or infinite, of {tensor.numel()}.")
+
+
+def check_scheduler(scheduler: SchedulerMixin, sigmas: list[float] | None):
+    """Refuses schedulers, or settings of them, that do not integrate a velocity z - x from t = 1 to t = 0."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if not isinstance(scheduler, Scheduler):
+        raise ValueError(
+            f"{name} does not integrate a velocity; use {', '.join(kind.__name__ for kind in get_args(Scheduler))}."
+        )
+    if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler):
+        spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        if (
+            not config.use_flow_sigmas
+            or config.prediction_type != "flow_prediction"
+            or any(config.get(spacing) for spacing in spacings)
+        ):
+            raise ValueError(
+                f"{name} is set for noise prediction; build it with `{name}.from_config(pipe.scheduler.config,"
+                ' prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.config.shift)`,'
+                f" and without {', '.join(spacings)}."
+            )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name} runs from image to noise: set invert_sigmas=False.")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{name} wants its shift computed from the size: set use_dynamic_shifting=False and one `shift`"
+            " (`flow_shift` in UniPC and DPM-Solver)."
+        )
+    if sigmas is not None and isinstance(scheduler, FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler):
+        raise ValueError(f"{name} spaces its steps itself: leave out `sigmas`.")
+
+
+def guide(
+    branches: Sequence[torch.Tensor],
+    guidance_scale: float,
+    image_guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+) -> torch.Tensor:
+    """Velocities (B, C, h, w) of the branches (negative, with an image scale also the picture alone, and last the whole
+    condition) as one, by InstructPix2Pix's equation 3."""
+    negative, conditional = branches[0], branches[-1]
+    if image_guidance_scale is None:
+        velocity = negative + guidance_scale * (conditional - negative)
+    else:
+        by_image = branches[1]
+        velocity = negative + image_guidance_scale * (by_image - negative) + guidance_scale * (conditional - by_image)
+    if guidance_rescale > 0:
+        spread = [v.std(dim=(1, 2, 3), keepdim=True) for v in (conditional, velocity)]
+        velocity = velocity * (1 + guidance_rescale * (spread[0] / spread[1] - 1))
+    return velocity
 
 
 def join_conditions(

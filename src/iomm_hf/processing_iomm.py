@@ -78,9 +78,9 @@ class IOMMProcessor(ProcessorMixin):
         self.start_image_token = tokenizer.start_image_token
         self.end_image_token = tokenizer.end_image_token
 
-    def image_only(self, image) -> Conversation:
-        """Stage 1, and variations: the fixed instruction and the image itself."""
-        return user_says(self.image_only_prompt, image)
+    def image_only(self, *images) -> Conversation:
+        """Stage 1, and variations: the fixed instruction and the image itself, or several to vary together."""
+        return user_says(self.image_only_prompt, *images)
 
     def text_to_image(self, caption: str) -> Conversation:
         """A caption to draw."""
