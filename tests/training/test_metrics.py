@@ -50,9 +50,8 @@ def test_utilisation_is_the_share_of_the_peak_that_counted_flops_reach(settings,
     flops = estimate_training("tiny", wording_tokens=31, mixed_precision="no").flops
     counted = sum(flops.values()) - (1 - 0.5 * 0.9) * flops["vision tower"]
     assert row["utilisation"] == pytest.approx(row["images_per_second"] * counted / 0.5e12, rel=1e-6)
-    logged = EventAccumulator(str(run / "tracker/iomm")).Reload()
-    assert {"utilisation", "loss_by_time/0-0.25", "grad_norm", "learning_rate", "images_per_second"} <= {
-        *logged.Tags()["scalars"]
-    }
+    logged = EventAccumulator(str(run / "tracker/iomm")).Reload().Tags()["scalars"]
+    assert {"utilisation", "grad_norm", "learning_rate", "images_per_second"} <= {*logged}
+    assert any(name.startswith("loss_by_time/") for name in logged)
     with pytest.raises(ValueError, match="peak_tflops must be positive, got 0"):
         FinetuneConfig(**settings | {"peak_tflops": 0})
