@@ -14,7 +14,7 @@ import torch
 from timing import record
 from trl import TrlParser
 
-from iomm_hf.cost import MetaModel, count_flops
+from iomm_hf.cost import MetaModel, count_flops, meta_parts
 from iomm_hf.presets import Preset, get_preset
 
 
@@ -30,7 +30,7 @@ class StepFlopsConfig:
 
 def build(config: StepFlopsConfig, preset: Preset, resolution: int, mask_ratio: float) -> MetaModel:
     prefix = config.wording_tokens + round((1 - mask_ratio) * config.image_tokens)
-    return MetaModel(preset, resolution, prefix, torch.bfloat16)
+    return MetaModel(meta_parts(preset), resolution, prefix, torch.bfloat16)
 
 
 def plain_step(config: StepFlopsConfig) -> dict[str, int]:

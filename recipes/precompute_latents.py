@@ -2,9 +2,10 @@
 
     python recipes/precompute_latents.py --init_from outputs/mine/stage1/final --source my_pictures/ --output_dir cached/
     python recipes/precompute_latents.py --config recipes/configs/shapes-cache.yaml
+    python recipes/precompute_latents.py --config recipes/configs/shapes-cache.yaml --push_to_hub user/shapes-cache
 
 Writes parquet shards with the pictures at the run's resolution, their captions and what is cached; both recipes read the
-folder like any other source. A stopped run goes on with the next shard when started again.
+folder like any other source, or by its id once it is pushed. A stopped run goes on with the next shard when started again.
 """
 
 import io
@@ -12,14 +13,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, Features, Image, Value
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from iomm_hf.data.cache import CACHE_COLUMN, CACHE_FILE, Cached, pack
+from iomm_hf.data.cache import CACHE_COLUMN, CACHE_FILE, KEY_COLUMN, Cached, pack
 from iomm_hf.data.images import resize_and_crop, to_tensor
 from iomm_hf.data.streams import SampleStream
 from iomm_hf.pipeline_iomm import IOMMPipeline
@@ -42,9 +44,28 @@ class CacheConfig:
     vision_tokens: bool = field(
         default=True, metadata={"help": "Also keep the MLLM's vision tokens (2 x tokens x D bytes a picture)."}
     )
+    dtype: Literal["float16", "float32"] = field(
+        default="float16",
+        metadata={"help": "Type of what is cached; float32 rounds nothing and takes twice the space."},
+    )
+    jpeg_quality: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the pictures, which the vision tower reads without vision_tokens, as JPEG of this quality (1 to"
+            " 100). Default: PNG, exact, and of photographs several times larger."
+        },
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Upload the finished cache to this data set, such as user/name."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make that data set private if it is new."})
     samples_per_shard: int = field(default=2000, metadata={"help": "Samples of all shards but the last."})
     batch_size: int = field(default=16, metadata={"help": "Pictures a forward pass."})
     device: str = field(default="cpu", metadata={"help": "Where the frozen parts run, such as cuda."})
+
+    def __post_init__(self):
+        if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality must be from 1 to 100, got {self.jpeg_quality}; leave it out for PNG.")
 
 
 @torch.no_grad()
@@ -61,9 +82,13 @@ def compute(parts: FrozenParts, samples: list[dict[str, Any]], config: CacheConf
     rows = []
     for i, (sample, image) in enumerate(zip(samples, images, strict=True)):
         encoded = io.BytesIO()
-        image.save(encoded, format="PNG")
+        if config.jpeg_quality is None:
+            image.save(encoded, format="PNG")
+        else:
+            image.save(encoded, format="JPEG", quality=config.jpeg_quality)
         cached = Cached(posterior.mean[i].cpu(), posterior.logvar[i].cpu(), tokens[i])
-        row = {"image": {"bytes": encoded.getvalue(), "path": None}, CACHE_COLUMN: pack(cached)}
+        row = {"image": {"bytes": encoded.getvalue(), "path": None}, CACHE_COLUMN: pack(cached, config.dtype)}
+        row[KEY_COLUMN] = sample["key"]
         rows.append(row if sample["caption"] is None else row | {"caption": sample["caption"]})
     return rows
 
@@ -79,20 +104,54 @@ def load_parts(config: CacheConfig) -> tuple[FrozenParts, int]:
     return parts, config.resolution or pipeline.resolution
 
 
+def push(folder: Path, config: CacheConfig):
+    """Uploads a finished cache; what the Hub holds already is not sent again.
+
+    Raises:
+        `ValueError`: the data set holds shards that are not of this cache, and would be read as if they were.
+    """
+    api = HfApi()
+    repo = api.create_repo(config.push_to_hub, repo_type="dataset", private=config.private, exist_ok=True).repo_id
+    there = [file for file in api.list_repo_files(repo, repo_type="dataset") if file.endswith(".parquet")]
+    if foreign := [file for file in there if not (folder / file).exists()]:
+        raise ValueError(
+            f"The data set {repo!r} holds {foreign[0]!r} and {len(foreign) - 1} more shards that {folder} lacks: push to"
+            " another, or delete them there first."
+        )
+    # Which files are the data is said, not left to be guessed from names beside which a JSON file lies.
+    data = DatasetCardData(configs=[{"config_name": "default", "data_files": "train-*.parquet"}], tags=["iomm-hf"])
+    text = (
+        f"# {repo}\n\nPictures, and what the frozen parts of an iomm-hf pipeline make of them (`{CACHE_FILE}` says of which"
+        f" and at what resolution). Its recipes read it by id:\n\n```yaml\nimages: [{repo}]\n```"
+    )
+    DatasetCard(f"---\n{data}\n---\n\n{text}\n").save(folder / "README.md")
+    api.upload_folder(
+        repo_id=repo,
+        repo_type="dataset",
+        folder_path=folder,
+        allow_patterns=["train-*.parquet", CACHE_FILE, "README.md"],
+    )
+    print(f"Pushed: {api.endpoint}/datasets/{repo}")
+
+
 def main(config: CacheConfig):
     source = as_source(config.source)
     parts, resolution = load_parts(config)
     info = cache_identity(parts.mllm, parts.vae, resolution)
     info |= {"source": asdict(source), "vision_tokens": config.vision_tokens}
+    info |= {"dtype": config.dtype, "jpeg_quality": config.jpeg_quality}
     parts.mllm.to(config.device)
     parts.vae.to(config.device)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if (output / CACHE_FILE).exists() and json.loads((output / CACHE_FILE).read_text()) != info:
-        raise ValueError(f"{output} holds another cache, see its {CACHE_FILE}; choose another output_dir.")
+        raise ValueError(
+            f"{output} holds another cache, or one of an earlier iomm-hf, which runs still read: see its {CACHE_FILE}."
+            " Choose another output_dir."
+        )
     write_json(output / CACHE_FILE, info)
 
-    features = {"image": Image(), CACHE_COLUMN: Value("binary")}
+    features = {"image": Image(), CACHE_COLUMN: Value("binary"), KEY_COLUMN: Value("string")}
     if source.caption_column is not None:
         features["caption"] = Value("string")
     stream = SampleStream(source)
@@ -121,6 +180,8 @@ def main(config: CacheConfig):
         write_json(progress, state)
     bar.close()
     print(f"Finished: {output}, {state['shards']} shards")
+    if config.push_to_hub is not None:
+        push(output, config)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from iomm_hf.cost import MetaModel, count_flops, estimate_training
+from iomm_hf.cost import MetaModel, count_flops, estimate_training, meta_parts
 from iomm_hf.data.collate import sample_seed
 from iomm_hf.presets import get_preset
 from iomm_hf.tiny import tiny_pipeline
@@ -18,7 +18,7 @@ XL = {"preset": "xl", "gradient_checkpointing": True, "optimizer": "muon", "ema"
 
 
 def test_adapter_flops_are_the_closed_form():
-    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
     width, queries = 128, 16
     expected = 2 * width * width * (2 * queries + 2 * PREFIX) + 4 * queries * PREFIX * width  # q, out, k, v; attention
     expected += 2 * queries * 8 * width * width
@@ -26,7 +26,7 @@ def test_adapter_flops_are_the_closed_form():
 
 
 def test_prefix_flops_are_the_closed_form():
-    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
     width, key_width, hidden, layers = 128, 64, 384, 4
     weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
     attention = 4 * PREFIX * PREFIX * width
@@ -37,7 +37,7 @@ def test_prefix_flops_are_the_closed_form():
 
 
 def test_flux_flops_are_the_closed_form(flux):
-    model = MetaModel(flux, 64, PREFIX, torch.float32)
+    model = MetaModel(meta_parts(flux), 64, PREFIX, torch.float32)
     width, image, text, channels = 128, 64, 16, 16
     tokens = image + text
     double = (
@@ -54,7 +54,7 @@ def test_flux_flops_are_the_closed_form(flux):
 
 
 def test_the_plain_pass_is_the_closed_form():
-    model = MetaModel(get_preset("tiny"), 64, PREFIX, torch.float32)
+    model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
     width, key_width, hidden, layers, rows = 128, 64, 384, 4, PREFIX + 16
     weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
     forward = layers * (2 * rows * weights + 4 * rows**2 * width)
@@ -67,8 +67,8 @@ def test_the_plain_pass_is_the_closed_form():
 def test_a_step_of_base_costs_at_most_four_fifths_of_the_plain_one():
     """`benchmarks/step_flops.py` prints the parts."""
     base, wording, tokens = get_preset("base"), 40, 256
-    everything = MetaModel(base, 512, wording + tokens, torch.bfloat16)
-    ours = MetaModel(base, 512, wording + round(0.15 * tokens), torch.bfloat16)
+    everything = MetaModel(meta_parts(base), 512, wording + tokens, torch.bfloat16)
+    ours = MetaModel(meta_parts(base), 512, wording + round(0.15 * tokens), torch.bfloat16)
     online = sum(map(count_flops, (everything.encode_latents, everything.see)))
     trained = (everything.adapt, everything.plain, everything.generate)
     plain = online + sum(count_flops(part, backward=True) for part in trained)

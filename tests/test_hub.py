@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,43 @@ def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path)
     assert sum(method == "GET" and cut in path for method, path in hub.requests) > 2  # both cut, then whole
     one, two = (load_file(path / "checkpoint-00000003/state/trainable.safetensors") for path in (run, unbroken))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+PRECOMPUTE = """
+import runpy
+from iomm_hf.training import PretrainConfig, train
+
+recipe = runpy.run_path(sys.argv[1])
+settings = dict(preset="tiny", mllm="user/mllm", vae="user/parts", vae_subfolder="vae")
+precompute = lambda output_dir, samples_per_shard: recipe["main"](recipe["CacheConfig"](
+    source="user/originals", output_dir=output_dir, samples_per_shard=samples_per_shard, push_to_hub="user/cache", **settings
+))
+precompute(sys.argv[2], 4)
+precompute(sys.argv[2], 4)  # finished, so it only looks at what is pushed
+said = refusal(precompute, sys.argv[2] + "-other", 6)
+assert "'user/cache' holds 'train-00001.parquet'" in said, said
+train(PretrainConfig(
+    output_dir=sys.argv[3], images=["user/cache"], batch_size=2, max_steps=2, num_workers=0, validate_every=0, **settings
+))
+"""
+
+
+def test_a_pushed_cache_is_read_by_id(hub, frozen, tmp_path):
+    write_shards(tmp_path / "pictures", 6, captions=False)
+    hub.commit_files("user/originals", folder_files(tmp_path / "pictures"), repo_type="dataset")
+    recipe = Path(__file__).parents[1] / "recipes/precompute_latents.py"
+    hub.requests.clear()
+    client(hub.environment(tmp_path / "home"), PRECOMPUTE, str(recipe), str(tmp_path / "cache"), str(tmp_path / "run"))
+    files = hub.resolve("user/cache", repo_type="dataset").files
+    shards = {"train-00000.parquet", "train-00001.parquet"}
+    assert files.keys() == {".gitattributes", "README.md", "iomm_cache.json", *shards}  # `progress.json` is local
+    assert {name: hub.read("user/cache", name, repo_type="dataset") for name in files.keys() - {".gitattributes"}} == {
+        name: content for name, content in folder_files(tmp_path / "cache").items() if name != "progress.json"
+    }
+    uploads = Counter(path for method, path in hub.requests if method == "PUT")
+    assert len(uploads) == 2 and set(uploads.values()) == {1}  # the second time nothing
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 and log[-1]["skipped"] == {}
 
 
 SHORT = """

@@ -138,28 +138,39 @@ def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parame
     return total
 
 
+def meta_parts(preset: Preset) -> tuple[IOMMConditionEncoder, Any, Any]:
+    """Encoder, autoencoder and generator (diffusers' classes) of a preset, without a byte of weights."""
+    from diffusers import AutoencoderKL
+    from transformers import InternVLConfig
+
+    from .tiny import tiny_mllm_config, tiny_processor
+
+    if preset.mllm_config:  # its vocabulary is that of the embedded world's tokenizer
+        mllm_config = tiny_mllm_config(tiny_processor(preset), preset)
+    else:
+        mllm_config = InternVLConfig(**INTERNVL3_2B)
+    with torch.device("meta"):
+        encoder = IOMMConditionEncoder(IOMMConfig(mllm_config=mllm_config, **preset.condition_config))
+        vae = AutoencoderKL(**(preset.vae_config or FLUX_AUTOENCODER)).requires_grad_(False)
+    return encoder, vae, build_transformer(preset, device="meta")
+
+
 class MetaModel:
-    """The parts of a preset on the meta device, and one sample's pass through each."""
+    """Encoder, autoencoder and generator on the meta device, and one sample's pass through each."""
 
-    def __init__(self, preset: Preset, resolution: int, prefix_tokens: int, dtype: torch.dtype):
-        from diffusers import AutoencoderKL
-        from transformers import InternVLConfig
-
-        from .tiny import tiny_mllm_config, tiny_processor
-
-        if preset.mllm_config:  # its vocabulary is that of the embedded world's tokenizer
-            mllm_config = tiny_mllm_config(tiny_processor(preset), preset)
-        else:
-            mllm_config = InternVLConfig(**INTERNVL3_2B)
-        with torch.device("meta"):
-            self.encoder = IOMMConditionEncoder(IOMMConfig(mllm_config=mllm_config, **preset.condition_config))
-            self.adapter: nn.Module = self.encoder.adapter  # type: ignore[assignment]  # every preset has one
-            self.vae = AutoencoderKL(**(preset.vae_config or FLUX_AUTOENCODER)).requires_grad_(False)
-        self.transformer = build_transformer(preset, device="meta")
-        for part in (self.encoder, self.vae, self.transformer):
+    def __init__(
+        self,
+        parts: tuple[IOMMConditionEncoder, Any, Any],
+        resolution: int,
+        prefix_tokens: int,
+        dtype: torch.dtype,
+    ):
+        self.encoder, self.vae, self.transformer = parts
+        for part in parts:
             part.to(dtype).train()
+        self.adapter: nn.Module = self.encoder.adapter  # type: ignore[assignment]  # none without queries: not called
         self.dtype, self.resolution, self.prefix_tokens = dtype, resolution, prefix_tokens
-        height, width = mllm_config.vision_config.image_size
+        height, width = self.encoder.config.mllm_config.vision_config.image_size
         self.view = (1, 3, height, width)
         self.width = condition_width(self.transformer)
         side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -201,19 +212,22 @@ class MetaModel:
         return self.encoder._run_queries(queries, None, positions, cache)[-1]  # type: ignore[arg-type]  # nothing is padded
 
     def generate(self) -> torch.Tensor:
-        condition = self.empty(1, self.encoder.config.num_queries, self.width, grad=True)
+        config = self.encoder.config
+        rows = config.num_queries + (self.prefix_tokens if config.condition_tokens == "all" else 0)
+        condition = self.empty(1, rows, self.width, grad=True)
         return predict_velocity(self.transformer, self.empty(*self.latent), self.empty(1), condition)
 
     def flops(self, cached_latents: bool = False, cached_vision_tokens: bool = False) -> dict[str, int]:
-        """Of a training step with one sample, by part."""
+        """Of a training step with one sample, by part; the connector's are left out, which no preset has."""
         with torch.no_grad():
             cache = self.prefix()[1]
+        asked = self.encoder.config.num_queries > 0
         return {
             "autoencoder": 0 if cached_latents else count_flops(self.encode_latents),
             "vision tower": 0 if cached_vision_tokens else count_flops(self.see),
             "MLLM prefix": count_flops(lambda: self.prefix()[0].last_hidden_state),
-            "adapter": count_flops(self.adapt, backward=True),
-            "query rows": count_flops(lambda: self.query(cache), backward=True),
+            "adapter": count_flops(self.adapt, backward=True) if asked else 0,
+            "query rows": count_flops(lambda: self.query(cache), backward=True) if asked else 0,
             "generator": count_flops(self.generate, backward=True),
         }
 
@@ -309,9 +323,8 @@ def estimate_training(
 
     image_tokens = preset.mllm_config.get("image_seq_length", 256)
     prefix_tokens = wording_tokens + round((1 - mask_ratio) * image_tokens)
-    model = MetaModel(
-        preset, resolution, prefix_tokens, torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    )
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    model = MetaModel(meta_parts(preset), resolution, prefix_tokens, dtype)
     with torch.no_grad():
         cache = model.prefix()[1]
     saved = model.saved(cache)

@@ -17,6 +17,11 @@ def test_round_trip_rounds_to_half_precision():
     assert unpack(pack(cached._replace(vision_tokens=None))).vision_tokens is None
 
 
+def test_round_trip_in_single_precision_rounds_nothing():
+    cached = Cached(torch.randn(4, 2, 2), torch.randn(4, 2, 2), torch.randn(3, 8))
+    assert all(torch.equal(one, two) for one, two in zip(cached, unpack(pack(cached, "float32")), strict=True))
+
+
 @pytest.mark.parametrize(
     "blob", [None, b"", b"not a cache", pack(Cached(torch.ones(1), torch.ones(1)))[:-1], save({"x": torch.ones(1)})]
 )

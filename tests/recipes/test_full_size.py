@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from PIL import Image
 from trl import TrlParser
@@ -78,6 +79,7 @@ def test_settings_are_the_papers(path):
 LAUNCHED = {  # variables that each launcher gives to its processes
     "cpu": {"ACCELERATE_MIXED_PRECISION": "no"},
     "ddp": {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    "fsdp2": {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "multi-node": {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "deepspeed-zero2": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
 }
@@ -100,6 +102,23 @@ def test_launchers_are_understood_by_accelerate(name):
     )
     if name == "multi-node":
         assert (parsed.nnodes, parsed.node_rank, parsed.rdzv_endpoint) == ("8", 3, "10.0.0.1:29500")
+
+
+def test_deepspeed_would_shard_in_two_and_clip_as_the_configs_say(monkeypatch):
+    """What Accelerate hands to DeepSpeed, which is not installed here and refused by `train`."""
+    arguments = ["--config_file", str(LAUNCHERS / "deepspeed-zero2.yaml"), "recipe.py"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    parsed.deepspeed_fields_from_accelerate_config = ""
+    environment = prepare_deepspeed_cmd_env(parsed)[1]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    handed = DeepSpeedPlugin().deepspeed_config
+    assert handed["zero_optimization"]["stage"] == 2
+    assert {handed["zero_optimization"][f"offload_{what}"]["device"] for what in ("optimizer", "param")} == {"none"}
+    for path in CONFIGS:
+        config = settings(path)
+        assert handed["gradient_clipping"] == config.max_grad_norm
+        assert environment["ACCELERATE_MIXED_PRECISION"] == config.mixed_precision == "bf16"
 
 
 def picture(number: int, kind: str = "JPEG") -> bytes:

@@ -4,15 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from iomm_hf.data.cache import CACHE_FILE
+from iomm_hf.data.cache import CACHE_FILE, KEY_COLUMN
+from iomm_hf.data.images import to_tensor
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.sources import SourceConfig
 from iomm_hf.data.streams import SampleStream
 from iomm_hf.tiny import tiny_encoder, tiny_vae
-from iomm_hf.training import FinetuneConfig, train
+from iomm_hf.training import FinetuneConfig, PretrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,85 @@ def test_the_cache_holds_the_posterior_of_each_picture(module, folder, settings,
         posterior = vae.encode(pixels).latent_dist
         assert (posterior.mean[0] - sample["cached"].mean).abs().max() < 2e-3
         assert (posterior.logvar[0] - sample["cached"].logvar).abs().max() < 2e-2
+
+
+@pytest.fixture(scope="module")
+def original_run(folder, tmp_path_factory):
+    """Settings of a run on the pictures themselves, and what became of it."""
+    folder_of_eight = tmp_path_factory.mktemp("eight")
+    write_shards(folder_of_eight / "images", 8, captions=False, samples_per_shard=4)
+    settings = {
+        "preset": "tiny",
+        "mllm": str(folder / "mllm"),
+        "vae": str(folder / "vae0"),
+        "images": [str(folder_of_eight / "images")],
+        "batch_size": 8,  # an epoch, since the cache has an order of its own
+        "max_steps": 3,
+        "save_every": 1,
+        "keep_checkpoints": 3,
+        "log_every": 1,
+        "num_workers": 0,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "condition_dropout": 0.3,
+        "validate_every": 0,
+    }
+    return settings, *outcome(settings, folder_of_eight / "run")
+
+
+def outcome(settings: dict, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Losses and gradient norms by step, and all trained weights after the first and the last step."""
+    train(PretrainConfig(output_dir=str(folder), **settings))
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    weights = [load_file(folder / f"checkpoint-0000000{step}/state/trainable.safetensors") for step in (1, 3)]
+    return (
+        torch.tensor([[row["loss"], row["grad_norm"]] for row in rows], dtype=torch.float64),
+        [torch.cat([state[name].flatten() for name in sorted(state)]) for state in weights],
+    )
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("kept", "tolerance"),
+    [
+        ({"dtype": "float32"}, 1e-5),
+        ({}, 2e-4),  # rounded to float16
+        # The tower reads the PNG; nobody reads the JPEG.
+        pytest.param({"dtype": "float32", "vision_tokens": False}, 1e-5, marks=pytest.mark.slow),
+        pytest.param({"dtype": "float32", "jpeg_quality": 50}, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_from_the_cache_equals_one_from_the_pictures(module, settings, original_run, tmp_path, kept, tolerance):
+    run, numbers, (first, last) = original_run
+    module.main(module.CacheConfig(source=run["images"][0], output_dir=str(tmp_path / "c"), **settings | kept))
+    cached_numbers, (_, cached_last) = outcome(run | {"images": [str(tmp_path / "c")]}, tmp_path / "run")
+    assert numbers.shape == (3, 2)
+    assert (cached_numbers / numbers - 1).abs().max() < tolerance
+    assert (cached_last - last).norm() < 20 * tolerance * (last - first).norm()  # Adam enlarges the smallest gradients
+
+
+def test_pictures_are_kept_as_jpeg_and_keys_as_they_were(module, folder, settings, tmp_path):
+    config = {"source": str(folder / "images"), "output_dir": str(tmp_path / "c"), **settings, "vision_tokens": False}
+    module.main(module.CacheConfig(**config, jpeg_quality=90))
+    rows = [row for shard in (tmp_path / "c").glob("*.parquet") for row in pq.read_table(shard).to_pylist()]
+    assert len(rows) == 20 and all(row["image"]["bytes"].startswith(b"\xff\xd8\xff") for row in rows)
+    originals = {
+        sample["key"]: to_tensor(sample["image"])
+        for sample, _ in zip(SampleStream(SourceConfig(config["source"])), range(20), strict=False)
+    }
+    samples = [s for s, _ in zip(SampleStream(SourceConfig(str(tmp_path / "c"))), range(20), strict=False)]
+    assert {sample["key"] for sample in samples} == originals.keys() and len(originals) == 20
+    for sample in samples:
+        assert sample["cached"].vision_tokens is None
+        assert 0 < (to_tensor(sample["image"]).float() - originals[sample["key"]]).abs().mean() < 8
+    with pytest.raises(ValueError, match="from 1 to 100, got 0"):
+        module.CacheConfig(**config, jpeg_quality=0)
+
+
+def test_a_cache_without_keys_of_an_earlier_version_is_read(module, folder, settings, tmp_path):
+    module.main(module.CacheConfig(source=str(folder / "pairs"), output_dir=str(tmp_path / "c"), **settings))
+    for shard in (tmp_path / "c").glob("*.parquet"):
+        pq.write_table(pq.read_table(shard).drop_columns(KEY_COLUMN), shard)
+    stream = SampleStream(SourceConfig(str(tmp_path / "c")))
+    keys = {sample["key"] for sample, _ in zip(stream, range(9), strict=False)}
+    assert len(keys) == 9 and all(key.startswith(f"{stream.fingerprint}/") for key in keys)

@@ -250,19 +250,52 @@ def test_the_adapter_has_its_own_rate(settings):
     assert projection.abs().max().item() == pytest.approx(1e-3, rel=0.05)
 
 
-def test_a_full_disk_leaves_no_half_checkpoint(settings):
-    train(PretrainConfig(**settings | {"max_steps": 4}))
+@contextmanager
+def full_disk(bytes_a_file: int):
+    """The system refuses to write on, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the system refuses to write on, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
     try:
-        with pytest.raises(OSError, match="checkpoint-00000008.*Free some space"):
-            train(PretrainConfig(**settings))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run = Path(settings["output_dir"])
-    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-00000004", "final"]
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_exactly(settings, tmp_path, monkeypatch):
+    used: dict[int, list[str]] = {}  # keys by step; a step that is made again replaces what was lost
+    step, original = 0, loop.update
+
+    def update(*args):
+        nonlocal step
+        losses, grad_norm, keys = original(*args)
+        step += 1
+        used[step] = keys
+        return losses, grad_norm, keys
+
+    unbroken, run, last = tmp_path / "unbroken", Path(settings["output_dir"]), "checkpoint-00000012"
+    train(PretrainConfig(**settings | {"output_dir": str(unbroken)}))
+    monkeypatch.setattr(loop, "update", update)
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    before = {path: path.read_bytes() for path in (run / "checkpoint-00000004").rglob("*") if path.is_file()}
+    largest = max((unbroken / last / "state").iterdir(), key=lambda path: path.stat().st_size)
+    assert largest.name == "optimizer.bin"
+    # The first file of the checkpoint does not fit, and then only the largest, which torch writes.
+    for room in (1_000_000, largest.stat().st_size - 1000):
+        step = 4
+        with full_disk(room), pytest.raises(OSError, match="checkpoint-00000008.*Free some space"):
+            train(PretrainConfig(**settings))
+        assert step == 8
+        assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-00000004", "final"]
+        assert all(path.read_bytes() == content for path, content in before.items())
+    step = 4
     train(PretrainConfig(**settings))
-    assert (run / "checkpoint-00000012").is_dir()
+    for name in ("checkpoint-00000008", last):
+        assert same_state(unbroken / name, run / name)
+    assert hash_weight_files(run / "final/transformer") == hash_weight_files(unbroken / "final/transformer")
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(unbroken)]
+    keys = [key for number in sorted(used) for key in used[number]]
+    assert sorted(used) == list(range(1, 13)) and len(keys) == len(set(keys)) == 36
+    assert sum(key.endswith("@0") for key in keys) == 24  # the whole first epoch, and half of the second
 
 
 def test_bad_samples_are_skipped_and_counted(settings, parts, tmp_path):

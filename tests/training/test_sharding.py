@@ -1,6 +1,7 @@
 """Two CPU ranks (gloo): their gradient is one rank's, whole or sharded, and what trains is divided up to its checkpoints."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
 from iomm_hf import IOMMPipeline
+from iomm_hf.cost import count_weights
 from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.streams import SourceConfig, build_stream
+from iomm_hf.presets import build_transformer
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
 from iomm_hf.training.checkpoints import save_in_parts, whole
@@ -145,6 +148,49 @@ def test_what_trains_is_divided_and_nothing_else(pipeline, tmp_path):
     assert all(torch.equal(value, written[name]) for name, value in pipeline.transformer.state_dict().items())
     with pytest.raises(RuntimeError, match=r"but encoder\.adapter\.\S+ is a Parameter"):
         check_sharded(make_module(pipeline))
+
+
+def memory(line: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at most since it was last reset."""
+    [value] = re.findall(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(value) / 1024
+
+
+def measure_memory(preset, sharded: bool, file: Path):
+    """Writes by how much each rank's memory grew at most, while the model was built and while it was placed."""
+    accelerator = Accelerator(cpu=True)
+    before = memory("VmRSS")
+    grew = {}
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    pipeline = build_once(lambda: tiny_pipeline(preset), accelerator)
+    grew["built"] = memory("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5")
+    place(make_module(pipeline), accelerator, sharded)
+    grew["placed"] = memory("VmHWM") - before
+    file.with_suffix(f".{accelerator.process_index}").write_text(json.dumps(grew))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux counts")
+def test_host_memory_for_building_does_not_grow_with_the_ranks(flux, tmp_path):
+    sizes = {"num_single_layers": 22, "num_attention_heads": 12}
+    preset = replace(flux, transformer_config=flux.transformer_config | sizes)
+    weights = 4 * count_weights(build_transformer(preset, device="meta")) / 2**20
+    assert weights > 200
+    grew = {}
+    for ranks, sharded in ((1, False), (2, False), (2, True)):
+        file = tmp_path / f"{ranks}-{sharded}"
+        on_ranks(ranks, measure_memory, preset, sharded, file)
+        grew[ranks, sharded] = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(ranks)]
+    print(f"\n{weights:.0f} MiB of weights; growth by (ranks, sharded), of each rank in MiB: {grew}")
+    [alone] = grew[1, False]
+    assert alone["built"] > 0.9 * weights
+    for sharded in (False, True):
+        first, second = grew[2, sharded]
+        assert first["built"] < 1.15 * alone["built"]
+        assert second["built"] < 0.15 * weights  # an outline
+    # CPU ranks have no other memory to place weights in: here whole ones, there half of them and one tensor at a time.
+    assert grew[2, True][1]["placed"] < 0.8 * weights < grew[2, False][1]["placed"]
 
 
 def train_each(*configs: PretrainConfig):

@@ -4,11 +4,16 @@ Both stages ask the same frozen networks the same questions about the same pictu
 `recipes/precompute_latents.py` writes the answers beside each picture, as one safetensors blob in the column
 `CACHE_COLUMN`: self-describing, and readable without a pickle. `CACHE_FILE` beside the shards names the frozen weights and
 the resolution that they belong to, so that a run with others refuses them. The posterior is kept, not a draw from it: each
-visit of a picture draws anew.
+visit of a picture draws anew. `KEY_COLUMN` holds the sample's key in the source that was read, from which its time, noise,
+mask and draw derive: a visit is the same with the cache and without, and only the order of visits is the cache's own.
+
+The picture itself is kept for the vision tower, which reads it where `vision_tokens` are left out. PNG is the default since
+it is exact; the JPEG of a photograph is several times smaller, and what the tower makes of it differs a little. Latents and
+tokens are computed from the picture before it is encoded, so they are the same either way.
 """
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import torch
@@ -17,6 +22,7 @@ from safetensors.torch import load, save
 
 
 CACHE_COLUMN = "iomm_cache"
+KEY_COLUMN = "iomm_key"  # caches of earlier versions have none: their samples are keyed by their place in the cache
 CACHE_FILE = "iomm_cache.json"
 
 
@@ -31,9 +37,10 @@ class Cached(NamedTuple):
     vision_tokens: torch.Tensor | None = None
 
 
-def pack(cached: Cached) -> bytes:
-    """As float16, which rounds a latent by a thousandth of its size at most."""
-    return save({name: tensor.half().contiguous() for name, tensor in cached._asdict().items() if tensor is not None})
+def pack(cached: Cached, dtype: Literal["float16", "float32"] = "float16") -> bytes:
+    """As float16, which rounds a latent by a thousandth of its size at most, or as it is, in twice the bytes."""
+    tensors = {name: tensor for name, tensor in cached._asdict().items() if tensor is not None}
+    return save({name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()})
 
 
 def unpack(blob: bytes) -> Cached:

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .cache import CACHE_COLUMN, read_cache_info, unpack
+from .cache import CACHE_COLUMN, KEY_COLUMN, read_cache_info, unpack
 from .images import BadImage, load_image
 from .sources import (
     RETRIES,
@@ -75,10 +75,10 @@ class SampleStream(IterableDataset):
             Length in UTF-8 above which a caption is skipped. A byte-level tokenizer never makes more tokens than bytes.
 
     Yields:
-        `dict` with `key` (unique, and the same for any number of consumers), `origin` (where the sample lies, for
-        messages), `epoch`, `image` (PIL, RGB), `caption` (`str`, or `None` if none are read), `cached`
-        ([`~iomm_hf.data.cache.Cached`], or `None` where the source holds none) and `skipped`: how many unusable samples this
-        consumer met since its last one, by reason.
+        `dict` with `key` (unique, and the same for any number of consumers; that of the original where it is cached),
+        `origin` (where the sample lies, for messages), `epoch`, `image` (PIL, RGB), `caption` (`str`, or `None` if none
+        are read), `cached` ([`~iomm_hf.data.cache.Cached`], or `None` where the source holds none) and `skipped`: how many
+        unusable samples this consumer met since its last one, by reason.
 
     Raises:
         ValueError: at construction if the source cannot be opened or lacks a column; while iterating if a consumer
@@ -140,7 +140,8 @@ class SampleStream(IterableDataset):
         self.in_tars = "__key__" in present
         is_cached = CACHE_COLUMN in present
         self.cache_info = read_cache_info(str(self.files[0])) if is_cached else None
-        extra = ["__key__"] * self.in_tars + [CACHE_COLUMN] * is_cached
+        self.keeps_keys = is_cached and KEY_COLUMN in present
+        extra = ["__key__"] * self.in_tars + [CACHE_COLUMN] * is_cached + [KEY_COLUMN] * self.keeps_keys
         dataset = dataset.select_columns(columns + extra)
         dataset = dataset.cast_column(columns[0], datasets.Image(decode=False))
         if self.in_tars and self.caption_key:
@@ -229,7 +230,7 @@ class SampleStream(IterableDataset):
                             if self.captions is not None:
                                 values.append(self.captions.get(stem(row["__key__"][0])))
                             origin = f"{file}::{row['__key__'][0] if self.in_tars else index}"
-                            key = f"{self.fingerprint}/{shard}/{index}"
+                            key = row[KEY_COLUMN][0] if self.keeps_keys else f"{self.fingerprint}/{shard}/{index}"
                             cache = row[CACHE_COLUMN][0] if self.cache_info is not None else None
                             yield _Raw(key, origin, values[0], values[-1], cache, position, index)
                     if self.in_tars and ending(Path(file)) == ".tar":

@@ -27,6 +27,7 @@ FREE_ON_RESUME = {
     "eval_pictures",
     "log_every",
     "tracker",
+    "peak_tflops",
     "max_nonfinite",
     "max_loss_ratio",
 }
@@ -146,6 +147,11 @@ class TrainingConfig:
     eval_pictures: int = setting(16, "Pictures of each of its six tasks.")
     log_every: int = setting(10, "Steps between lines of log.jsonl and the trackers.")
     tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, ... or none.")
+    peak_tflops: float | None = setting(
+        None,
+        "Peak of one device in the run's precision, TFLOP/s, as its maker states it (H100 SXM in bf16: 989). Then the log has"
+        " `utilisation`, the share of it that the counted FLOPs reach.",
+    )
 
     def __post_init__(self):
         _ = self.image_sources, self.paired_sources  # refuses bad ones at once
@@ -170,6 +176,10 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_learning_rate is not None and self.adapter_learning_rate <= 0:
             raise ValueError(f"adapter_learning_rate must be positive, got {self.adapter_learning_rate}.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(
+                f"peak_tflops must be positive, got {self.peak_tflops}; leave it out to log no utilisation."
+            )
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:

@@ -58,7 +58,7 @@ from .checkpoints import (
 from .config import LoraTrainingConfig, TrainingConfig, changed_settings
 from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_signals_to_main
 from .lora import add_lora, hash_weights, lora_card, reload_base
-from .metrics import losses_by_group, mean_losses_by_group
+from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
 from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references, software
@@ -144,6 +144,7 @@ def train(config: TrainingConfig) -> Path:
 
     # 3. What trains
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
+    sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
     if config.mixed_precision == "bf16":
         # Frozen, so nothing is lost in small updates. Weights alone: a bf16 rotary buffer would move every position.
         for parameter in pipeline.text_encoder.mllm.parameters():
@@ -239,6 +240,9 @@ def train(config: TrainingConfig) -> Path:
                     "images_per_second": (step - logged) * images_per_step / (now - clock),
                     "skipped": dict(total(skipped)),
                 }
+                if config.peak_tflops:
+                    peak = config.peak_tflops * 1e12 * accelerator.num_processes
+                    row["utilisation"] = row["images_per_second"] * sample_flops / peak
                 if accelerator.device.type == "cuda":
                     row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 recent, logged, clock = [], step, now

@@ -1,9 +1,16 @@
-"""What the log tells beside one loss: the loss by time and by source, for all ranks.
+"""What the log tells beside one loss: the loss by time and by source, for all ranks, and what a sample costs.
 
 A step leaves sums and counts under flat names, so that averaging over steps and ranks is one plain mean of a row of numbers.
 """
 
 import torch
+from PIL import Image
+
+from ..cost import MetaModel
+from ..data.streams import MixedStream
+from ..pipeline_iomm import IOMMPipeline
+from .config import TrainingConfig
+from .sharding import outline
 
 
 BANDS = 4  # of the time t, from the picture to noise
@@ -66,3 +73,21 @@ def mean_losses_by_group(means: dict[str, float], sources: list[str]) -> dict[st
         }
         for name, names in labels.items()
     }
+
+
+def flops_per_sample(config: TrainingConfig, pipeline: IOMMPipeline, stream: MixedStream, mask_ratio: float) -> float:
+    """FLOPs of forward and backward pass of a sample of this run, counted on the meta device (`iomm_hf.cost`). What is
+    recomputed is not work that a sample needs, so it does not count; nor do padding, connector and alignment. Sequences are
+    taken for as long as those of pictures."""
+    copy = outline(pipeline)
+    parts = tuple(part.to("meta") for part in (copy.text_encoder, copy.vae.requires_grad_(False), copy.transformer))
+    processor = pipeline.processor
+    whole = processor.encode([processor.image_only(Image.new("RGB", (64, 64)))])["input_ids"].shape[1]
+    prefix_tokens = whole - round(mask_ratio * processor.image_seq_length)
+    caches = [source.cache_info for source in stream.streams]
+    flops = MetaModel(parts, pipeline.resolution, prefix_tokens, torch.float32).flops(  # type: ignore[arg-type]
+        cached_latents=all(info is not None for info in caches),
+        cached_vision_tokens=all(info is not None and info["vision_tokens"] for info in caches),
+    )
+    seen = config.mix_ratio * (1 - config.condition_dropout)  # by the vision tower
+    return sum(flops.values()) - (1 - seen) * flops["vision tower"]
