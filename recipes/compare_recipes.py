@@ -70,7 +70,6 @@ class Study:
 
 
 PICTURES, PAIRS, BOTH = {"mix_ratio": 1.0}, {"mix_ratio": 0.0}, {"mix_ratio": 0.5}
-ALL_ROWS = {"condition_tokens": "all"}
 STUDIES = {
     "six_recipes": Study(
         "Pre-training on pictures or on pairs, fine-tuning on pictures, pairs or both (paper: after 5 and 10 epochs)",
@@ -99,13 +98,13 @@ STUDIES = {
         [
             Arm(
                 "raw MLLM",
-                PICTURES | ALL_ROWS | {"num_queries": 0, "mask_ratio": 0.0},
+                PICTURES | {"num_queries": 0, "mask_ratio": 0.0},
                 BOTH | {"mask_ratio": 0.0},
                 0.44,
             ),
-            Arm("+ adapter", PICTURES | ALL_ROWS | {"mask_ratio": 0.0}, BOTH | {"mask_ratio": 0.0}, 0.82),
-            Arm("+ masking", PICTURES | ALL_ROWS, BOTH, 0.88),
-            Arm("queries alone", PICTURES, BOTH),
+            Arm("+ adapter", PICTURES | {"mask_ratio": 0.0}, BOTH | {"mask_ratio": 0.0}, 0.82),
+            Arm("+ masking", PICTURES, BOTH, 0.88),
+            Arm("queries alone", PICTURES | {"condition_tokens": "queries"}, BOTH),
         ],
         [("+ adapter", "raw MLLM"), ("+ masking", "+ adapter"), ("+ masking", "queries alone")],
     ),

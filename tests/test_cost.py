@@ -19,7 +19,7 @@ XL = {"preset": "xl", "gradient_checkpointing": True, "optimizer": "muon", "ema"
 
 def test_adapter_flops_are_the_closed_form():
     model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
-    width, queries = 128, 16
+    width, queries = 128, get_preset("tiny").condition_config["num_queries"]
     expected = 2 * width * width * (2 * queries + 2 * PREFIX) + 4 * queries * PREFIX * width  # q, out, k, v; attention
     expected += 2 * queries * 8 * width * width
     assert count_flops(model.adapt) == expected
@@ -55,7 +55,7 @@ def test_flux_flops_are_the_closed_form(flux):
 
 def test_the_plain_pass_is_the_closed_form():
     model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
-    width, key_width, hidden, layers, rows = 128, 64, 384, 4, PREFIX + 16
+    width, key_width, hidden, layers, rows = 128, 64, 384, 4, PREFIX + get_preset("tiny").condition_config["num_queries"]
     weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
     forward = layers * (2 * rows * weights + 4 * rows**2 * width)
     # Frozen weights take no gradient, so their products come back once; attention's two products come back as four.

@@ -70,7 +70,8 @@ PRESETS = {
             "cross_attention_dim": 128,
             "norm_num_groups": 16,
         },
-        condition_config={"num_queries": 16, "adapter_head_dim": 32},
+        # All rows: a U-Net's rows cannot attend to each other, so it wants those that already hold an object each.
+        condition_config={"num_queries": 4, "condition_tokens": "all", "adapter_head_dim": 32},
         mllm_config={
             "vision_config": {
                 "hidden_size": 128,
