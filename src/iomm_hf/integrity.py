@@ -9,7 +9,7 @@ This file imports safetensors alone, because published checkpoints carry a copy 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 CHECKSUMS = "SHA256SUMS"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # can run code when they are read
+INDEX = "model_index.json"
 CODE = ".py"  # not fetched where iomm-hf is installed
 
 
@@ -31,7 +32,7 @@ def write_checksums(folder: Path, files: Iterable[str]):
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
-def check_files(folder: Path, parts: Iterable[str]):
+def check_files(folder: Path, parts: Collection[str]):
     r"""
     Refuses a pipeline folder whose files are not those that were published, or whose weights cannot be read safely.
 
@@ -40,8 +41,8 @@ def check_files(folder: Path, parts: Iterable[str]):
         parts (`list[str]`): Names of the components that are about to be loaded from it.
 
     Raises:
-        `OSError`: a part is missing, holds a pickle, or has a truncated or missing shard; or a file of `SHA256SUMS` is
-            missing or altered.
+        `OSError`: a part is missing, holds a pickle, or has a truncated or missing shard; or one of its files, or the
+            index, is not as `SHA256SUMS` says.
 
     Example:
 
@@ -81,8 +82,8 @@ def check_files(folder: Path, parts: Iterable[str]):
     for line in (folder / CHECKSUMS).read_text().splitlines():
         expected, _, name = line.partition("  ")
         file = folder / name
-        if file.suffix == CODE:
-            continue
+        if name not in {INDEX, *(f"{part}/{file.name}" for part in parts)} or file.suffix == CODE:
+            continue  # not read here, so perhaps not fetched
         found = sha256(file) if file.is_file() else "missing"
         if found != expected:
             raise OSError(
