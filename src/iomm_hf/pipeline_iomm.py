@@ -501,7 +501,12 @@ class IOMMPipeline(DiffusionPipeline):
             kwargs.setdefault("dtype", torch.float32)
         index = cls.load_config(folder)
         check_files(folder, [name for name in PARTS if name not in kwargs and index[name][0] is not None])
-        if "vae" not in kwargs and index["vae"][0] is None and index.get("vae_name_or_path") is not None:
+        if "vae" not in kwargs and index["vae"][0] is None:
+            if index.get("vae_name_or_path") is None:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} holds no autoencoder and its model_index.json no vae_name_or_path"
+                    " to load it from. Give one as `vae=`."
+                )
             vae_folder = resolve_frozen(index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"])
             if index["vae_hash"] not in (None, hash_weight_files(vae_folder)):
                 raise OSError(

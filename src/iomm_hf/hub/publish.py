@@ -125,6 +125,10 @@ def publish(
     if not prompts:
         raise ValueError("Give at least one prompt: the card shows what this checkpoint draws.")
     folder = Path(folder)
+    if not (folder / IOMMPipeline.config_name).is_file():
+        raise OSError(
+            f"{folder} holds no {IOMMPipeline.config_name}; give a pipeline folder, such as final/ of a run."
+        )
     output = Path("outputs/published", repo_id) if output_dir is None else Path(output_dir)
 
     # 1. The folder, written here from end to end before anything is sent
