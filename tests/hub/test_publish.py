@@ -269,6 +269,7 @@ assert "The frozen weights 'user/gone'" in said, said
 """
 
 
+@pytest.mark.slow
 def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, frozen, tmp_path):
     hub.create_repo("user/public")
     before = hub.resolve("user/public").id

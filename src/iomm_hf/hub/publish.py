@@ -108,14 +108,11 @@ def publish(
     Example:
 
     ```python
-    >>> import tempfile
-    >>> from iomm_hf import shipped_model
     >>> from iomm_hf.hub.publish import publish
     >>> licences = dict.fromkeys(["mllm", "adapter", "transformer", "vae"], "apache-2.0")
-    >>> output = tempfile.mkdtemp() + "/tiny"
-    >>> done = publish(shipped_model(), "me/tiny", licences, dry_run=True, output_dir=output, num_inference_steps=2)
-    >>> sorted(path.name for path in done.folder.glob("*.md"))
-    ['README.md']
+    >>> publish("outputs/nothing", "me/tiny", licences, dry_run=True)
+    Traceback (most recent call last):
+    OSError: outputs/nothing holds no model_index.json; give a pipeline folder, such as final/ of a run.
     ```
     """
     check_licences(licences)
