@@ -21,7 +21,7 @@ from diffusers.modular_pipelines import (
 from PIL import Image
 
 from .modeling_iomm import IOMMConditionEncoder
-from .pipeline_iomm import IOMMPipeline, decode_latents
+from .pipeline_iomm import PARTS, IOMMPipeline, decode_latents
 from .processing_iomm import IOMMProcessor
 
 
@@ -31,7 +31,7 @@ GUIDANCE = InputParam("guidance_scale", default=3.0, type_hint=float, descriptio
 
 def parts(components: ModularPipeline, *names: str) -> IOMMPipeline:
     """A pipeline of these components and `None` for the others."""
-    every = dict.fromkeys(("text_encoder", "processor", "transformer", "vae", "scheduler"))
+    every: dict[str, Any] = dict.fromkeys(PARTS)
     return IOMMPipeline(**every | {name: getattr(components, name) for name in names})
 
 

@@ -160,12 +160,16 @@ def test_the_card_says_what_the_checkpoint_is(published):
 
 LOAD = """
 from iomm_hf import IOMMPipeline
+from iomm_hf.modular_iomm import modular_pipeline
 
 expected = torch.load(sys.argv[1], weights_only=True)
 for revision in ("main", sys.argv[2]):
     pipe = IOMMPipeline.from_pretrained("user/shipped", revision=revision)
     assert torch.equal(draw(pipe), expected["picture"])
     assert type(pipe) is IOMMPipeline and type(pipe.text_encoder).__module__ == "iomm_hf.modeling_iomm"
+generator = torch.Generator().manual_seed(0)
+options = dict(prompt="a star", num_inference_steps=2, generator=generator, output_type="pt", output="images")
+assert torch.equal(modular_pipeline(pipe)(**options), expected["picture"])
 assert not [name for name in sys.modules if "_modules" in name and "iomm" in name]  # no code from the Hub ran
 for revision, expected in zip(sys.argv[3:], ("is not the file that was published", "is truncated")):
     said = refusal(IOMMPipeline.from_pretrained, "user/shipped", revision=revision)

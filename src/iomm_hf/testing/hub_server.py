@@ -467,8 +467,8 @@ class _Handler(BaseHTTPRequestHandler):
             for sibling, file in zip(siblings, commit.files.values(), strict=True):
                 sibling |= {"size": file.size, "blobId": file.oid, "lfs": file.lfs_info}
         answer = {"id": repo_id, "author": repo_id.split("/")[0], "sha": commit.id, "lastModified": commit.date}
-        answer["private"] = self.hub.is_private(repo_id, repo_type)
-        self._reply_json({**answer, "gated": False, "tags": [], "siblings": siblings})
+        private = self.hub.is_private(repo_id, repo_type)
+        self._reply_json({**answer, "private": private, "gated": False, "tags": [], "siblings": siblings})
 
     @_route("GET", rf"{API}/tree/{REVISION}(?:/(?P<folder>.+))?")
     def _tree(self, repo_id: str, revision: str, folder: str, repo_type: str) -> None:
