@@ -82,6 +82,7 @@ SAVE = """
 import json, pathlib, shutil, sys, torch
 import iomm_hf
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMProcessor
+from iomm_hf.hub.publish import REMOTE_CODE
 from iomm_hf.tiny import tiny_pipeline
 
 folder = pathlib.Path(sys.argv[1])
@@ -97,7 +98,7 @@ index |= {
     "processor": ["processing_iomm", "IOMMProcessor"],
 }
 (folder / "model_index.json").write_text(json.dumps(index))
-for name in ("pipeline_iomm", "generators", "lora", "modeling_iomm", "processing_iomm"):
+for name in REMOTE_CODE:
     shutil.copy(pathlib.Path(iomm_hf.__file__).parent / f"{name}.py", folder)
 inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
 expected = {

@@ -322,3 +322,69 @@ def plot(
     output = output or run / "curves.png"
     plot_run(run, output)
     typer.echo(f"Wrote {output}")
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Pipeline folder: final, best or checkpoint-* of a run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.")],
+    licence: Annotated[
+        list[str],
+        typer.Option(help="PART=LICENCE, once for each of mllm, adapter, transformer and vae; the Hub's identifiers."),
+    ] = [],  # noqa: B006  (typer copies it)
+    frozen: Annotated[
+        bool,
+        typer.Option("--include-frozen/--reference-frozen", help="Upload MLLM and autoencoder, or refer to them."),
+    ] = True,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: the account's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to. Default: main.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Write and check what would be uploaded, and upload nothing.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where that is written. Default: outputs/published/...")] = None,
+    prompt: Annotated[list[str], typer.Option(help="What the card's pictures show; may be repeated.")] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Sampling steps of these pictures.")] = 30,
+    run: Annotated[Path | None, typer.Option(help="Folder of the training run, for the card.")] = None,
+    score: Annotated[Path | None, typer.Option(help="score.json of this checkpoint, for the card.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Data set on the Hub whose leaderboard the score belongs to.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What to say of the training data.")] = None,
+    cost: Annotated[str | None, typer.Option(help="What to say of the cost. Default: the run's own count.")] = None,
+    limits: Annotated[str | None, typer.Option(help="What to say of limits, beside the usual.")] = None,
+):
+    """Upload a checkpoint with its model card, and load it back to check."""
+    from .hub.publish import PROMPTS
+    from .hub.publish import publish as publish_checkpoint
+
+    try:
+        wrong = [text for text in licence if "=" not in text]
+        if wrong:
+            raise ValueError(f"--licence takes PART=LICENCE, such as mllm=apache-2.0, got {wrong[0]!r}.")
+        done = publish_checkpoint(
+            folder,
+            repo_id,
+            dict(text.split("=", 1) for text in licence),
+            include_frozen=frozen,
+            private=private,
+            revision=revision,
+            dry_run=dry_run,
+            output_dir=output,
+            prompts=prompt or PROMPTS,
+            num_inference_steps=steps,
+            run=run,
+            score=score,
+            benchmark=benchmark,
+            data=data,
+            cost=cost,
+            limits=limits,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    for file in sorted(path for path in done.folder.rglob("*") if path.is_file()):
+        typer.echo(f"{file.stat().st_size:>14,}  {file.relative_to(done.folder)}")
+    if done.commit is None:
+        typer.echo(f"Dry run: nothing was uploaded. {done.folder} is what would be; it loads and draws as before.")
+    else:
+        typer.echo(f"Published {done.repo_id} at commit {done.commit}; it loads back and draws as before.")

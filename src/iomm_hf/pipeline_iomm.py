@@ -38,6 +38,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from .generators import condition_width, latent_multiple, predict_velocity, unwrap
+from .integrity import CHECKSUMS, check_files
 from .lora import IOMMLoraLoaderMixin
 from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
 from .processing_iomm import IOMMProcessor
@@ -56,7 +57,7 @@ EXAMPLE = """
 """
 
 # Files of a published pipeline that loading needs; nothing that could hold a pickle.
-PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", CHECKSUMS]
 
 # A list has one entry a prompt; several pictures of one prompt are a list in the list.
 Prompts: TypeAlias = str | list[str] | list[str | None]
@@ -76,6 +77,15 @@ Scheduler: TypeAlias = (
     | UniPCMultistepScheduler
     | DPMSolverMultistepScheduler
 )
+
+# What a pipeline folder may hold: an index that names anything else is refused before a class of it is imported.
+PARTS: dict[str, tuple[type, ...]] = {
+    "text_encoder": (IOMMConditionEncoder,),
+    "processor": (IOMMProcessor,),
+    "transformer": (FluxTransformer2DModel, ZImageTransformer2DModel, UNet2DConditionModel),
+    "vae": (AutoencoderKL,),
+    "scheduler": get_args(Scheduler),
+}
 
 
 class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
@@ -738,7 +748,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         `dtype` all parts are float32, as diffusers' are: transformers alone would keep the file's.
 
         Raises:
-            `OSError`: a part is found nowhere, or is not the one that this checkpoint was trained with.
+            `OSError`: a part is found nowhere, is of another class, is damaged or altered, is a pickle, or is not the one
+                that this checkpoint was trained with.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -746,7 +757,13 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         index = cls.load_config(folder)
-        if "vae" not in kwargs and index["vae"][0] is None and index.get("vae_name_or_path") is not None:
+        check_files(folder, [name for name in PARTS if name not in kwargs and index[name][0] is not None])
+        if "vae" not in kwargs and index["vae"][0] is None:
+            if index.get("vae_name_or_path") is None:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} holds no autoencoder and its model_index.json no vae_name_or_path"
+                    " to load it from. Give one as `vae=`."
+                )
             vae_folder = resolve_frozen(index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"])
             if index["vae_hash"] not in (None, hash_weight_files(vae_folder)):
                 raise OSError(
@@ -758,6 +775,33 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 dtype = dtype.get("vae", dtype.get("default"))
             kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=dtype)
         return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict[str, Any]:
+        """The index of a pipeline folder. A published one names copies of our classes, code beside the weights; in their
+        place come the installed ones, so no code of the repository runs and none needs to be trusted."""
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        named = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
+        if named not in (IOMMPipeline.__name__, cls.__name__):
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds a {named}, not an {cls.__name__}. Load it with"
+                " diffusers.DiffusionPipeline, which finds the class by itself."
+            )
+        index["_class_name"] = named
+        for part, classes in PARTS.items():
+            library, name = index.get(part) or (None, None)
+            expected = {allowed.__name__: allowed for allowed in classes}
+            if name is None:
+                index[part] = [None, None]
+            elif name in expected:
+                module = expected[name].__module__
+                index[part] = ["diffusers" if module.startswith("diffusers.") else module, name]
+            else:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} names {library}.{name} as its {part}, expected"
+                    f" {' or '.join(expected)}. It was altered, or made by something else than iomm-hf."
+                )
+        return index
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:

@@ -333,3 +333,11 @@ def test_transformers_and_diffusers_models(hub):
         """,
     )
     assert report == {"transformers": True, "diffusers": True}
+
+
+def test_a_private_repo_looks_missing_without_a_token(hub):
+    hub.create_repo("user/secret", private=True)
+    assert hub.is_private("user/secret")
+    assert fetch(hub, "/api/models/user/secret")[0] == 401
+    status, _, content = fetch(hub, "/api/models/user/secret", Authorization=f"Bearer {hub.token}")
+    assert status == 200 and json.loads(content)["private"] is True

@@ -4,7 +4,7 @@ It speaks the part of the Hub's HTTP interface that these clients use to create,
 repos. As on the Hub, large and binary files go through LFS: they are uploaded by `PUT`, have their sha256 as etag, and
 are served by a redirect to another host (`localhost` instead of `127.0.0.1`), which clients must follow without the
 token. Content is held by hash and a commit is a JSON manifest, so no part of a requested file's path ever becomes a
-path on disk. Not covered: pull requests, private repos, Xet, `expand`ed listings.
+path on disk. Without a token a private repo looks missing. Not covered: pull requests, Xet, `expand`ed listings.
 """
 
 import base64
@@ -198,13 +198,15 @@ class LocalHub:
                     return failure
         return None
 
-    def create_repo(self, repo_id: str, repo_type: str = "model") -> str:
+    def create_repo(self, repo_id: str, repo_type: str = "model", private: bool = False) -> str:
         """Creates a repo with a first commit that holds `.gitattributes`, as the Hub does, and returns its id."""
         folder = self._folder(repo_id, repo_type)
         with self._lock:
             if folder.exists():
                 raise HubError(409, f"You already created this {repo_type} repo: {repo_id}")
             write_whole(folder / "refs.json", json.dumps({"branches": {"main": None}, "tags": {}}).encode())
+            if private:
+                write_whole(folder / "private", b"")
             return self.commit(repo_id, {".gitattributes": self.store(GITATTRIBUTES)}, "initial commit", repo_type)
 
     def commit_files(
@@ -249,6 +251,9 @@ class LocalHub:
         fields = json.loads(manifest.read_text())
         files = {path: StoredFile(**file) for path, file in fields.pop("files").items()}
         return Commit(commit_id, files=files, **fields)
+
+    def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
+        return (self._folder(repo_id, repo_type) / "private").exists()
 
     def refs(self, repo_id: str, repo_type: str) -> dict[str, dict[str, str]]:
         path = self._folder(repo_id, repo_type) / "refs.json"
@@ -390,6 +395,8 @@ class _Handler(BaseHTTPRequestHandler):
             arguments = {name: unquote(value or "") for name, value in match.groupdict().items()}
             if "kind" in arguments:
                 arguments["repo_type"] = (arguments.pop("kind") or "models").removesuffix("s")
+                if authorization is None and self.hub.is_private(arguments["repo_id"], arguments["repo_type"]):
+                    raise HubError(401, f"Repository not found: {arguments['repo_id']}", "RepoNotFound")
             return endpoint(self, **arguments)
         raise HubError(404, f"The local Hub does not serve {self.command} {unquote(target)}")
 
@@ -446,7 +453,7 @@ class _Handler(BaseHTTPRequestHandler):
         # With `exist_ok`, clients read the address from the refusal too.
         answer = {"url": self._web_address(repo_id, repo_type), "name": repo_id}
         try:
-            self.hub.create_repo(repo_id, repo_type)
+            self.hub.create_repo(repo_id, repo_type, private=request.get("visibility") == "private")
         except HubError as error:
             self._reply_json({**answer, "error": str(error)}, error.status, error.headers)
         else:
@@ -460,7 +467,8 @@ class _Handler(BaseHTTPRequestHandler):
             for sibling, file in zip(siblings, commit.files.values(), strict=True):
                 sibling |= {"size": file.size, "blobId": file.oid, "lfs": file.lfs_info}
         answer = {"id": repo_id, "author": repo_id.split("/")[0], "sha": commit.id, "lastModified": commit.date}
-        self._reply_json({**answer, "private": False, "gated": False, "tags": [], "siblings": siblings})
+        private = self.hub.is_private(repo_id, repo_type)
+        self._reply_json({**answer, "private": private, "gated": False, "tags": [], "siblings": siblings})
 
     @_route("GET", rf"{API}/tree/{REVISION}(?:/(?P<folder>.+))?")
     def _tree(self, repo_id: str, revision: str, folder: str, repo_type: str) -> None:

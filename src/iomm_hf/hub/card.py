@@ -1,0 +1,280 @@
+"""The model card of a published checkpoint: `model_card.md` filled in with what its files, its run and its scores say.
+
+Nothing is guessed: what no file or argument says stands in the card as not given. Of a run's data only what lies on the Hub is named, never
+a path of the machine that it ran on.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from .. import __version__
+from ..pipeline_iomm import IOMMPipeline
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")  # also linked at the top of the repository
+COMPONENTS = ("mllm", "adapter", "transformer", "vae")  # each needs a licence of its own
+LIMITS = (
+    "It draws what its training pictures taught it and inherits their biases and those of the frozen parts. Nothing filters prompts or"
+    " pictures. Objects may be left out or miscounted, and colours or places exchanged between them."
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of the card: `file` is its path in the repository."""
+
+    prompt: str
+    seed: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Frozen weights that a checkpoint leaves out, and where they lie on the Hub."""
+
+    name: str
+    subfolder: str | None
+    revision: str | None
+
+
+def check_licences(licences: Mapping[str, str]):
+    r"""
+    Refuses anything but one licence for each of `mllm`, `adapter`, `transformer` and `vae`.
+
+    Raises:
+        `ValueError`: a part has none, is unknown, or its licence is empty or not of the form of the Hub's identifiers.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.hub.card import check_licences
+    >>> check_licences(dict(mllm="mit", adapter="apache-2.0", transformer="apache-2.0", vae="apache-2.0"))
+    ```
+    """
+    missing = [part for part in COMPONENTS if part not in licences]
+    unknown = sorted(set(licences) - set(COMPONENTS))
+    if missing or unknown:
+        raise ValueError(
+            f"A licence is needed for each of {', '.join(COMPONENTS)}:"
+            + (f" none was given for {', '.join(missing)}." if missing else "")
+            + (f" {', '.join(unknown)} is not such a part." if unknown else "")
+            + " Look it up at each part's source and say it as mllm=apache-2.0."
+        )
+    for part, licence in licences.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+            raise ValueError(
+                f"The licence of {part} must be one of the Hub's identifiers, such as apache-2.0, mit or other; got"
+                f" {licence!r}."
+            )
+
+
+def write_card(
+    folder: Path,
+    repo_id: str,
+    pipeline: IOMMPipeline,
+    licences: Mapping[str, str],
+    samples: Sequence[Sample],
+    *,
+    steps: int,
+    guidance: float,
+    mllm_reference: Reference | None = None,
+    vae_reference: Reference | None = None,
+    base_models: Sequence[str] = (),
+    revision: str | None = None,
+    run: Path | None = None,
+    score: Path | None = None,
+    benchmark: str | None = None,
+    data: str | None = None,
+    cost: str | None = None,
+    limits: str | None = None,
+):
+    """Writes `README.md` into an exported folder, with `benchmark` also the scores as `.eval_results/shapes.yaml`."""
+    settings, seen = read_run(run) if run is not None else ({}, {})
+    sources, datasets = describe_sources(settings)
+    results, table = read_score(score, repo_id) if score is not None else ([], None)
+    if benchmark is not None:
+        if table is None:
+            raise ValueError(f"benchmark={benchmark!r} names where scores belong, but no score was given.")
+        write_eval_results(folder, results, benchmark, table["about"])
+    encoder = pipeline.text_encoder
+    adapter = [part for part in (encoder.adapter, encoder.connector) if part is not None]
+    parts = [
+        _part("mllm", "frozen multimodal LLM", [encoder.mllm], "no", licences, mllm_reference),
+        _part("adapter", "residual query adapter, connector", adapter, "yes", licences, None),
+        _part("transformer", "generator", [pipeline.transformer], "yes", licences, None),
+        _part("vae", "frozen autoencoder", [pipeline.vae], "no", licences, vae_reference),
+    ]
+    one = licences["transformer"] if len(set(licences.values())) == 1 else None
+    card_data = ModelCardData(
+        license=one or "other",
+        license_name=None if one else "one-for-each-part",
+        license_link=None if one else f"https://huggingface.co/{repo_id}#parts-and-licences",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["iomm", "iomm-hf", "text-to-image", "image-to-image"],
+        base_model=list(base_models) or None,
+        datasets=datasets or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        version=__version__,
+        repo_id=repo_id,
+        revision=revision,
+        samples=samples,
+        steps=steps,
+        guidance=guidance,
+        resolution=pipeline.resolution,
+        vae_reference=vae_reference,
+        parts=parts,
+        data=" ".join(filter(None, [data, sources])) or "Not given.",
+        training={**describe_settings(settings), **seen},
+        cost=cost or seen.get("time") or "Not given.",
+        evaluation=table,
+        limits=" ".join(filter(None, [limits, LIMITS])),
+    )
+    card.save(folder / "README.md")
+
+
+def _part(
+    name: str, description: str, modules: list, trained: str, licences: Mapping[str, str], reference: Reference | None
+) -> dict[str, Any]:
+    where = "in this repository"
+    if reference is not None:
+        path = f"{reference.name}/{reference.subfolder}" if reference.subfolder else reference.name
+        where = f"[{path}](https://huggingface.co/{reference.name}) at `{reference.revision}`, fetched at load"
+    classes = " and ".join(f"`{type(module).__name__}`" for module in modules if type(module).__name__ != "ModuleList")
+    return {
+        "name": name,
+        "description": f"{description}, {classes}" if classes else description,
+        "weights": sum(weight.numel() for module in modules for weight in module.parameters()),
+        "trained": trained,
+        "licence": licences[name],
+        "where": where,
+    }
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    r"""
+    A run's settings and what its log says, from its `run.json` and `log.jsonl`.
+
+    Raises:
+        `OSError`: the folder is no run's.
+    """
+    if not (run / "run.json").is_file() or not (run / "log.jsonl").is_file():
+        raise OSError(f"{run} holds no run.json with log.jsonl; give the output_dir of a training run.")
+    started = json.loads((run / "run.json").read_text())
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    seconds = images = 0.0
+    for row in rows:
+        seconds += (row["images"] - images) / row["images_per_second"]
+        images = row["images"]
+    seen = {}
+    if rows:
+        last = [row["loss"] for row in rows[-10:] if "loss" in row]
+        seen = {
+            "pictures seen": f"{int(images):,}",
+            "steps taken": f"{rows[-1]['step']:,}",
+            "last logged loss": f"{sum(last) / len(last):.4f} (mean of the last {len(last)} lines of the log)",
+            "pictures a second": f"{images / seconds:.1f}",
+            "time": f"{seconds / 3600:.2f} hours by the clock in training steps, without set-up, evaluation and saving.",
+        }
+    settings = started["config"] | {"versions": started["versions"], "commit": started["commit"]}
+    return settings, seen
+
+
+def describe_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """The settings of a run that say how a model was made, as rows of the card."""
+    if not settings:
+        return {}
+    names = (
+        "preset mask_ratio mix_ratio resolution batch_size gradient_accumulation max_steps optimizer learning_rate"
+        " adapter_learning_rate ema_decay mixed_precision condition_dropout timestep_sampling seed"
+    )
+    rows = {name: f"`{settings[name]}`" for name in names.split() if settings.get(name) is not None}
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    return rows | {"software": versions, "commit": f"`{settings['commit']}`" if settings["commit"] else "not known"}
+
+
+def describe_sources(settings: dict[str, Any]) -> tuple[str, list[str]]:
+    """A sentence about a run's data, and the ids of its data sets that surely lie on the Hub."""
+    groups = {"pictures without text": "images", "pairs of picture and text": "pairs"}
+    sentences, datasets = [], []
+    for title, key in groups.items():
+        paths = [source if isinstance(source, str) else source["path"] for source in settings.get(key) or []]
+        named = []
+        for path in paths:
+            on_hub = re.match(r"hf://datasets/([^/]+/[^/@]+)", path)
+            if on_hub:
+                datasets.append(on_hub.group(1))
+            # A folder of two names looks like an id: name it, but claim no data set of it.
+            public = on_hub or "://" in path or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists())
+            named.append(f"`{path}`" if public else "files of the trainer's own")
+        if named:
+            sentences.append(f"{title.capitalize()}: {', '.join(dict.fromkeys(named))}.")
+    return " ".join(sentences), list(dict.fromkeys(datasets))
+
+
+def read_score(score: Path, repo_id: str) -> tuple[list[EvalResult], dict[str, Any]]:
+    r"""
+    Scores of the shapes benchmark, as `recipes/score_shapes.py` writes them, for the card's metadata and its table.
+
+    Raises:
+        `OSError`: the file is of another shape.
+    """
+    scores = json.loads(score.read_text())
+    reports = {name: value for name, value in scores.items() if isinstance(value, dict) and "overall" in value}
+    if "model" not in reports:
+        raise OSError(f"{score} holds no scores of `model`; give the score.json that recipes/score_shapes.py writes.")
+    model = reports["model"]
+    tasks = list(model["tasks"])
+    steps, guidance = scores["num_inference_steps"], scores["guidance_scale"]
+    about = (
+        f"Share of {model['pictures']:,} pictures ({model['prompts']} prompts, seeds {min(model['seeds'])} to"
+        f" {max(model['seeds'])}) of the shapes world that show their prompt, judged by rule, {steps} steps, guidance"
+        f" {guidance}; 95 % intervals. Its six tasks are named after GenEval's and are not GenEval."
+    )
+    values = {"overall": model["overall"]["value"]} | {task: model["tasks"][task]["accuracy"] for task in tasks}
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="iomm-hf-shapes-world",  # drawn by the package; not a data set of the Hub
+            dataset_name="iomm-hf's shapes world",
+            dataset_config=task,
+            metric_type="accuracy",
+            metric_name="pictures that show their prompt",
+            metric_value=round(value, 4),
+        )
+        for task, value in values.items()
+    ]
+    rows = []
+    for name, report in reports.items():
+        overall = report["overall"]
+        row = [name, f"{overall['value']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]"]
+        for task in tasks:
+            cell = report["tasks"][task]
+            row.append(f"{cell['accuracy']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
+        rows.append(row)
+    return results, {"about": about, "columns": ["overall", *tasks], "rows": rows}
+
+
+def write_eval_results(folder: Path, results: Sequence[EvalResult], benchmark: str, notes: str):
+    """Writes the scores as the Hub's leaderboards read them: only for a benchmark that is a data set there."""
+    entries = [
+        EvalResultEntry(
+            dataset_id=benchmark, task_id=str(result.dataset_config), value=result.metric_value, notes=notes
+        )
+        for result in results
+    ]
+    file = folder / ".eval_results" / "shapes.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
