@@ -55,7 +55,13 @@ def test_flux_flops_are_the_closed_form(flux):
 
 def test_the_plain_pass_is_the_closed_form():
     model = MetaModel(meta_parts(get_preset("tiny")), 64, PREFIX, torch.float32)
-    width, key_width, hidden, layers, rows = 128, 64, 384, 4, PREFIX + get_preset("tiny").condition_config["num_queries"]
+    width, key_width, hidden, layers, rows = (
+        128,
+        64,
+        384,
+        4,
+        PREFIX + get_preset("tiny").condition_config["num_queries"],
+    )
     weights = 2 * width * width + 2 * width * key_width + 3 * width * hidden
     forward = layers * (2 * rows * weights + 4 * rows**2 * width)
     # Frozen weights take no gradient, so their products come back once; attention's two products come back as four.
