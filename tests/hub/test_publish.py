@@ -191,7 +191,7 @@ for load in (DiffusionPipeline.from_pretrained, lambda *a, **k: AutoModel.from_p
 trusted = dict(trust_remote_code=True, **options)
 where = "user/shipped"
 if constants.HF_HUB_OFFLINE:  # diffusers asks the Hub for the commit of remote code, even with all of it in the cache
-    where = snapshot_download(where, revision=options.get("revision"), local_files_only=True)
+    where = snapshot_download(where, **options)
 pipe = DiffusionPipeline.from_pretrained(where, dtype=torch.float32, **trusted)  # or the encoder keeps the file's half
 assert torch.equal(draw(pipe), expected["picture"])
 model = AutoModel.from_pretrained("user/shipped", subfolder="text_encoder", dtype=torch.float32, **trusted)
@@ -200,6 +200,8 @@ assert torch.equal(condition(model, processor), expected["condition"])
 for part in (pipe, pipe.text_encoder, pipe.processor, model, processor):
     assert type(part).__module__.startswith(("diffusers_modules.", "transformers_modules.")), type(part).__module__
 assert "iomm_hf" not in sys.modules
+if not constants.HF_HUB_OFFLINE:
+    snapshot_download(where)  # whole, for later
 """
 )
 
