@@ -54,10 +54,11 @@ def images():
 
 @pytest.fixture
 def make_encoder(processor):
-    """Builds an encoder whose fresh adapter is loud enough for its gradients to be compared."""
+    """Builds an encoder that is read by its queries, unless told otherwise; its fresh adapter is loud enough for its gradients
+    to be compared."""
 
     def make(**config):
-        return tiny_encoder(processor, seed=0, **config)
+        return tiny_encoder(processor, seed=0, **{"condition_tokens": "queries", "num_queries": 16} | config)
 
     return make
 

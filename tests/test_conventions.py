@@ -128,13 +128,15 @@ def test_embeddings_replace_prompts_and_need_no_encoder(pipe, guidance_scale):
         embeds, mask, negative, negative_mask = pipe.encode_prompt(
             ["a star", "a ring"], do_classifier_free_guidance=guidance_scale > 1
         )
-    assert mask is None and negative_mask is None and (negative is None) == (guidance_scale == 1)
+    assert embeds.shape[:2] == mask.shape and (negative is None) == (negative_mask is None) == (guidance_scale == 1)
     blind = IOMMPipeline(**pipe.components | {"text_encoder": None, "processor": None})
     blind.set_progress_bar_config(disable=True)
     images = draw(
         blind,
         prompt_embeds=embeds,
+        prompt_embeds_mask=mask,
         negative_prompt_embeds=negative,
+        negative_prompt_embeds_mask=negative_mask,
         latents=noise(2),
         guidance_scale=guidance_scale,
     )
@@ -146,7 +148,7 @@ def test_embeddings_replace_prompts_and_need_no_encoder(pipe, guidance_scale):
 def test_encoding_needs_no_generator(pipe):
     reader = IOMMPipeline(**pipe.components | {"transformer": None, "vae": None, "scheduler": None})
     with torch.no_grad():
-        assert reader.encode_prompt("a star")[0].shape == (1, 16, 128)
+        assert reader.encode_prompt("a star")[0].shape[::2] == (1, 128)
 
 
 def test_components_build_the_same_pipeline_and_dtype_moves(pipe):
@@ -359,7 +361,7 @@ def test_variants_of_the_weights(pipe, tmp_path):
 
 
 def test_attention_of_the_mllm_is_a_choice(pipe):
-    encoder = tiny_encoder(pipe.processor)
+    encoder = tiny_encoder(pipe.processor, condition_tokens="queries")
     inputs = pipe.processor.encode([pipe.processor.text_to_image(text) for text in ("a star", "two red rings")])
     with torch.no_grad():
         expected = encoder(**inputs).condition
@@ -369,7 +371,7 @@ def test_attention_of_the_mllm_is_a_choice(pipe):
 
 
 def test_hidden_states_of_the_query_rows(pipe):
-    encoder = pipe.text_encoder
+    encoder = tiny_encoder(pipe.processor, condition_tokens="queries", num_queries=16)
     inputs = pipe.processor.encode([pipe.processor.text_to_image("a star")])
     layers = encoder.config.get_text_config().num_hidden_layers
     with torch.no_grad():

@@ -38,7 +38,7 @@ def test_prefix_flops_are_the_closed_form():
 
 def test_flux_flops_are_the_closed_form(flux):
     model = MetaModel(meta_parts(flux), 64, PREFIX, torch.float32)
-    width, image, text, channels = 128, 64, 16, 16
+    width, image, text, channels = 128, 64, PREFIX + flux.condition_config["num_queries"], 16
     tokens = image + text
     double = (
         2 * tokens * 12 * width**2 + 2 * 2 * 6 * width**2

@@ -363,7 +363,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     ```python
     >>> from iomm_hf.tiny import tiny_encoder, tiny_processor
     >>> processor = tiny_processor()
-    >>> encoder = tiny_encoder(processor)
+    >>> encoder = tiny_encoder(processor, condition_tokens="queries", num_queries=16)
     >>> inputs = processor.encode([processor.text_to_image("a red circle")])
     >>> encoder(**inputs).condition.shape
     torch.Size([1, 16, 128])

@@ -155,7 +155,7 @@ def test_arms_that_train_alike_share_their_score(module, config):
         ("six_recipes", "image > mix"),
         ("adapter", "residual"),
         ("mix_ratio", "0.5"),
-        ("condition", "queries alone"),
+        ("condition", "+ masking"),
         ("pairs", "pictures first, 1000"),
     ]
     assert len({file(*arm) for arm in same}) == 1

@@ -30,7 +30,8 @@ def plain_full_pass(
     >>> from iomm_hf.testing.reference import plain_full_pass
     >>> from iomm_hf.tiny import tiny_encoder, tiny_processor
     >>> processor = tiny_processor()
-    >>> encoder, inputs = tiny_encoder(processor), processor.encode([processor.text_to_image("a star")])
+    >>> encoder = tiny_encoder(processor, condition_tokens="queries")
+    >>> inputs = processor.encode([processor.text_to_image("a star")])
     >>> bool((plain_full_pass(encoder, **inputs) - encoder(**inputs).condition).abs().max() < 1e-4)
     True
     ```
