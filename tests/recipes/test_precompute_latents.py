@@ -157,7 +157,7 @@ def outcome(settings: dict, folder: Path) -> tuple[torch.Tensor, list[torch.Tens
     ("kept", "tolerance"),
     [
         ({"dtype": "float32"}, 1e-5),
-        ({}, 2e-4),  # rounded to float16
+        ({}, 5e-4),  # rounded to float16
         # The tower reads the PNG; nobody reads the JPEG.
         pytest.param({"dtype": "float32", "vision_tokens": False}, 1e-5, marks=pytest.mark.slow),
         pytest.param({"dtype": "float32", "jpeg_quality": 50}, 1e-5, marks=pytest.mark.slow),
