@@ -319,7 +319,7 @@ def test_nothing_is_published_without_a_licence_for_each_part_or_with_a_pickle(t
     ):
         done = publish(*arguments)
         assert done.exit_code == 2 and expected in done.stderr, done.stderr
-        assert not (tmp_path / "out" / CHECKSUMS).exists()
+        assert not (tmp_path / "out").exists()
     shutil.copytree(tiny, tmp_path / "pickled")
     (tmp_path / "pickled/vae/diffusion_pytorch_model.bin").write_bytes(b"x")
     done = publish(str(tmp_path / "pickled"), "me/tiny", *licences)
@@ -328,6 +328,12 @@ def test_nothing_is_published_without_a_licence_for_each_part_or_with_a_pickle(t
     (tmp_path / "kept/notes.txt").write_text("mine")
     done = CliRunner().invoke(app, ["publish", tiny, "me/tiny", *licences, "--output", str(tmp_path / "kept")])
     assert done.exit_code == 2 and "holds something else" in done.stderr and (tmp_path / "kept/notes.txt").exists()
+    own = shutil.copytree(tiny, tmp_path / "published/own")
+    for folder in (own, own.parent):
+        (folder / CHECKSUMS).write_text("")  # as if it had been published before
+        done = CliRunner().invoke(app, ["publish", str(own), "me/tiny", *licences, "--output", str(folder)])
+        assert done.exit_code == 2 and "holds the checkpoint itself" in done.stderr
+        assert (own / "transformer/config.json").is_file()
 
 
 @pytest.fixture

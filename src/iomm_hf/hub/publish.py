@@ -127,18 +127,22 @@ def publish(
             f"{folder} holds no {IOMMPipeline.config_name}; give a pipeline folder, such as final/ of a run."
         )
     output = Path("outputs/published", repo_id) if output_dir is None else Path(output_dir)
+    if output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(
+            f"output_dir={str(output)!r} is written anew and holds the checkpoint itself; name another one."
+        )
+    if output.exists() and not (output / CHECKSUMS).is_file() and any(output.iterdir()):
+        raise ValueError(f"{output} holds something else than a published folder; name another output_dir.")
 
-    # 1. The folder, written here from end to end before anything is sent
+    # 1. The folder, written here from end to end, and there whole or not at all, before anything is sent
     pipeline = IOMMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    if output.exists():
-        if not (output / CHECKSUMS).is_file() and any(output.iterdir()):
-            raise ValueError(f"{output} holds something else than a published folder; name another output_dir.")
-        shutil.rmtree(output)
-    references = export(folder, output, pipeline, include_frozen)
-    samples = draw_samples(pipeline, output, prompts, num_inference_steps)
+    writing = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(writing, ignore_errors=True)  # of a call that was killed
+    references = export(folder, writing, pipeline, include_frozen)
+    samples = draw_samples(pipeline, writing, prompts, num_inference_steps)
     write_card(
-        output,
+        writing,
         repo_id,
         pipeline,
         licences,
@@ -157,8 +161,10 @@ def publish(
         limits=limits,
     )
     # The card may be edited on the Hub's pages later, so it has no sum.
-    files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
-    write_checksums(output, [name for name in files if name != "README.md"])
+    files = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
+    write_checksums(writing, [name for name in files if name != "README.md"])
+    shutil.rmtree(output, ignore_errors=True)
+    writing.replace(output)
     picture = output / samples[0].file
     del pipeline  # the fresh process needs the memory
     if dry_run:
