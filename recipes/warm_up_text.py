@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -26,12 +25,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import TrlParser
 
-from iomm_hf.data.shapes import TASKS, Scene, corpus_scene, describe, patch_labels, render
+from iomm_hf.data.shapes import Scene, corpus_scene, describe, patch_labels, render
 from iomm_hf.data.shapes_chat import NOUN_LABELS, Turn, chat_example, noun_labels
 from iomm_hf.modeling_iomm import load_mllm
 from iomm_hf.processing_iomm import IOMMProcessor
-from iomm_hf.training.checkpoints import whole_folder, write_json
-from iomm_hf.training.stage0 import Budget, check_budget
+from iomm_hf.training.stage0 import Budget, WarmUpConfig, save_mllm
 
 
 IGNORED = -100  # what cross-entropy leaves out
@@ -39,30 +37,12 @@ IMAGE_SIZE = 64  # of the tiny MLLM
 TEXT_SHARE = 0.3  # of the chats, about a text alone
 
 
-@dataclass
-class TextConfig:
+@dataclass(kw_only=True)
+class TextConfig(WarmUpConfig):
     init_from: str = field(metadata={"help": "MLLM folder to go on from, as written by sft_mllm.py."})
     output_dir: str = field(
         default="outputs/bound", metadata={"help": "Folder of the finished MLLM, in InternVL's layout."}
     )
-    tasks: list[str] = field(
-        default_factory=lambda: list(TASKS), metadata={"help": "Kinds of scenes; see recipes/make_shapes.py."}
-    )
-    num_scenes: int = field(default=8000, metadata={"help": "Scenes to caption and to chat about, drawn once."})
-    held_out: int = field(default=512, metadata={"help": "Further scenes, kept for the measurement."})
-    batch_size: int = field(default=32, metadata={"help": "Captions a step, and as many chats."})
-    max_steps: int | None = field(default=None, metadata={"help": "Number of steps; repeatable."})
-    minutes: float | None = field(default=None, metadata={"help": "Time to train, instead of max_steps."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW."})
-    seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
-
-    def __post_init__(self):
-        if not 1 <= self.batch_size <= self.num_scenes or self.held_out < 1:
-            raise ValueError(
-                "batch_size must be between 1 and num_scenes, and held_out at least 1, got"
-                f" {self.batch_size}, {self.num_scenes} and {self.held_out}."
-            )
-        check_budget(self.minutes, max_steps=self.max_steps)
 
 
 class Example(NamedTuple):
@@ -228,11 +208,7 @@ def main(config: TextConfig):
         budget.update(loss + answer_loss(labeller, rows, said.next_tokens) + label_loss(logits, said.labels))
 
     summary = {"steps": len(budget.losses)} | measure(labeller.eval(), *held_out)
-    with whole_folder(output, Accelerator(cpu=True)) as folder:
-        mllm.eval().save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_json(folder / "summary.json", summary)
-    print(f"{output}: {summary}")
+    save_mllm(output, mllm, processor, summary)
 
 
 if __name__ == "__main__":

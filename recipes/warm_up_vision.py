@@ -14,46 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from iomm_hf.data.shapes import COLORS, SHAPES, TASKS, Scene, corpus_scene, patch_labels, render
+from iomm_hf.data.shapes import COLORS, SHAPES, Scene, corpus_scene, patch_labels, render
 from iomm_hf.modeling_iomm import load_mllm
 from iomm_hf.processing_iomm import IOMMProcessor
 from iomm_hf.tiny import tiny_encoder, tiny_processor
-from iomm_hf.training.checkpoints import whole_folder, write_json
-from iomm_hf.training.stage0 import Budget, check_budget
+from iomm_hf.training.stage0 import Budget, WarmUpConfig, save_mllm
 
 
 BACKGROUND_WEIGHT = 0.2  # of a background patch against one of an object; most patches are background
 
 
-@dataclass
-class VisionConfig:
+@dataclass(kw_only=True)
+class VisionConfig(WarmUpConfig):
     output_dir: str = field(
         default="outputs/mllm", metadata={"help": "Folder of the finished MLLM, in InternVL's layout."}
     )
     init_from: str | None = field(default=None, metadata={"help": "MLLM folder to go on from."})
-    tasks: list[str] = field(
-        default_factory=lambda: list(TASKS), metadata={"help": "Kinds of scenes; see recipes/make_shapes.py."}
-    )
-    num_scenes: int = field(default=8000, metadata={"help": "Scenes to learn from, drawn once."})
-    held_out: int = field(default=256, metadata={"help": "Further scenes, kept for the measurement."})
-    batch_size: int = field(default=32, metadata={"help": "Scenes a step."})
-    max_steps: int | None = field(default=None, metadata={"help": "Number of steps; repeatable."})
-    minutes: float | None = field(default=None, metadata={"help": "Time to train, instead of max_steps."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW."})
-    seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
-
-    def __post_init__(self):
-        if not 1 <= self.batch_size <= self.num_scenes or self.held_out < 1:
-            raise ValueError(
-                "batch_size must be between 1 and num_scenes, and held_out at least 1, got"
-                f" {self.batch_size}, {self.num_scenes} and {self.held_out}."
-            )
-        check_budget(self.minutes, max_steps=self.max_steps)
 
 
 class PatchLabeller(nn.Module):
@@ -132,11 +112,7 @@ def main(config: VisionConfig):
         budget.update(patch_loss(labeller(corpus.pixel_values[chosen]), corpus.labels[chosen]))
 
     summary = {"steps": len(budget.losses)} | measure(labeller.eval(), held_out)
-    with whole_folder(output, Accelerator(cpu=True)) as folder:
-        mllm.eval().save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_json(folder / "summary.json", summary)
-    print(f"{output}: {summary}")
+    save_mllm(output, mllm, processor, summary)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""What the two recipes that make the small frozen parts share: a budget of steps or minutes, and a log."""
+"""What the recipes that make the small frozen parts share: settings and end of the warm-ups by dense labels, a budget, a log."""
 
 import itertools
 import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.shapes import TASKS
+from ..processing_iomm import IOMMProcessor
+from .checkpoints import whole_folder, write_json
 
 
 def check_budget(minutes: float | None, **steps: int | None):
@@ -18,6 +26,39 @@ def check_budget(minutes: float | None, **steps: int | None):
         raise ValueError(f"Give either minutes or {' and '.join(steps)}, got minutes={minutes} and {steps}.")
     if any(value <= 0 for value in (minutes, *given) if value is not None):
         raise ValueError(f"A budget must be positive, got minutes={minutes} and {steps}.")
+
+
+@dataclass(kw_only=True)
+class WarmUpConfig:
+    """Settings of a warm-up by dense labels, of scenes of the shapes world."""
+
+    tasks: list[str] = field(
+        default_factory=lambda: list(TASKS), metadata={"help": "Kinds of scenes; see recipes/make_shapes.py."}
+    )
+    num_scenes: int = field(default=8000, metadata={"help": "Scenes to learn from, drawn once."})
+    held_out: int = field(default=512, metadata={"help": "Further scenes, kept for the measurement."})
+    batch_size: int = field(default=32, metadata={"help": "Scenes a step."})
+    max_steps: int | None = field(default=None, metadata={"help": "Number of steps; repeatable."})
+    minutes: float | None = field(default=None, metadata={"help": "Time to train, instead of max_steps."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW."})
+    seed: int = field(default=0, metadata={"help": "Everything random derives from it."})
+
+    def __post_init__(self):
+        if not 1 <= self.batch_size <= self.num_scenes or self.held_out < 1:
+            raise ValueError(
+                "batch_size must be between 1 and num_scenes, and held_out at least 1, got"
+                f" {self.batch_size}, {self.num_scenes} and {self.held_out}."
+            )
+        check_budget(self.minutes, max_steps=self.max_steps)
+
+
+def save_mllm(output: Path, mllm: PreTrainedModel, processor: IOMMProcessor, summary: dict[str, Any]):
+    """Writes a warmed-up MLLM in InternVL's layout, with what was measured on held-out scenes beside it."""
+    with whole_folder(output, Accelerator(cpu=True)) as folder:
+        mllm.eval().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_json(folder / "summary.json", summary)
+    print(f"{output}: {summary}")
 
 
 class Budget:
