@@ -1,6 +1,9 @@
 """Shared tiny components: real classes, random weights, seeded. Nothing here reaches a network."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 
@@ -14,7 +17,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from iomm_hf.presets import PRESETS
-from iomm_hf.tiny import tiny_encoder, tiny_processor
+from iomm_hf.testing.hub_server import LocalHub
+from iomm_hf.tiny import tiny_encoder, tiny_pipeline, tiny_processor
 
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -75,3 +79,56 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A pipeline that every weight counts in: the U-Net's last layer would start at zero."""
+    pipe = tiny_pipeline()
+    for parameter in pipe.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+CLIENT = """
+import json, pathlib, sys
+import torch
+torch.set_num_threads(1)
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a star", num_inference_steps=2, generator=generator, output_type="pt").images
+
+def refusal(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was refused")
+"""
+
+
+@pytest.fixture(scope="session")
+def client() -> Callable[..., None]:
+    """`client(environment, code, *arguments)` runs code in a fresh process, since the Hub's clients read their settings at
+    import. The code may use `draw` and `refusal`."""
+
+    def run(environment: dict[str, str], code: str, *arguments: str):
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT + code, *arguments],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run

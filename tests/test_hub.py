@@ -1,8 +1,6 @@
 """By Hub id, against a local Hub and with the real clients: publishing, loading, referring to frozen parts, streaming."""
 
 import json
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,45 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.testing.hub_server import LocalHub
 from iomm_hf.tiny import tiny_encoder, tiny_vae
-
-
-HELPERS = """
-import sys
-import torch
-torch.set_num_threads(1)
-
-def draw(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a star", num_inference_steps=2, generator=generator, output_type="pt").images
-
-def refusal(function, *args):
-    try:
-        function(*args)
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was refused")
-"""
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
-        yield hub
-
-
-def client(environment: dict[str, str], code: str, *arguments: str):
-    """Runs code in a fresh process, since clients read their settings at import."""
-    done = subprocess.run(
-        [sys.executable, "-c", HELPERS + code, *arguments],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def folder_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
@@ -71,7 +31,7 @@ for revision in sys.argv[2:]:
 """
 
 
-def test_a_pushed_pipeline_loads_by_id_pinned_and_offline(hub, tmp_path):
+def test_a_pushed_pipeline_loads_by_id_pinned_and_offline(hub, client, tmp_path):
     picture = str(tmp_path / "picture.pt")
     client(hub.environment(tmp_path / "publisher"), PUSH, picture)
     pushed = hub.resolve("user/tiny").id
@@ -151,7 +111,7 @@ for change, expected in (
 """
 
 
-def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, frozen, tmp_path, processor):
+def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, client, frozen, tmp_path, processor):
     write_shards(tmp_path / "pictures", 16, captions=False, samples_per_shard=8)
     write_shards(tmp_path / "more", 8, seed=1, captions=False, layout="parquet")
     for name in ("pictures", "more"):
@@ -182,7 +142,7 @@ def test_a_run_on_hub_ids_resumes_and_its_checkpoints_pin_frozen_parts(hub, froz
     assert all(torch.equal(value, loaded[name]) for name, value in original.state_dict().items())
 
 
-def test_a_cut_connection_to_the_pictures_changes_nothing(hub, frozen, tmp_path):
+def test_a_cut_connection_to_the_pictures_changes_nothing(hub, client, frozen, tmp_path):
     write_shards(tmp_path / "more", 16, seed=1, captions=False, samples_per_shard=8)
     hub.commit_files("user/cut", folder_files(tmp_path / "more"), repo_type="dataset")
     code = TRAIN.replace("hf://datasets/user/more/*.parquet", "user/cut").replace('"user/pictures", ', "")
@@ -217,7 +177,7 @@ train(PretrainConfig(
 """
 
 
-def test_a_pushed_cache_is_read_by_id(hub, frozen, tmp_path):
+def test_a_pushed_cache_is_read_by_id(hub, client, frozen, tmp_path):
     write_shards(tmp_path / "pictures", 6, captions=False)
     hub.commit_files("user/originals", folder_files(tmp_path / "pictures"), repo_type="dataset")
     recipe = Path(__file__).parents[1] / "recipes/precompute_latents.py"
@@ -250,7 +210,7 @@ assert {**skipped, **sample["skipped"]} == {"corrupt_shard": 1}, (skipped, sampl
 """
 
 
-def test_a_tar_on_the_hub_that_ends_inside_of_a_header_is_reported(hub, tmp_path):
+def test_a_tar_on_the_hub_that_ends_inside_of_a_header_is_reported(hub, client, tmp_path):
     write_shards(tmp_path, 8, captions=False, samples_per_shard=4)
     files = folder_files(tmp_path)
     last = sorted(files)[-1]
@@ -289,7 +249,7 @@ assert said.startswith("OSError: The frozen weights 'user/mllm'"), said
 """
 
 
-def test_streams_read_datasets_by_id_and_by_glob_and_what_is_missing_is_named(hub, frozen, tmp_path):
+def test_streams_read_datasets_by_id_and_by_glob_and_what_is_missing_is_named(hub, client, frozen, tmp_path):
     write_shards(tmp_path / "tars", 12, samples_per_shard=4)
     write_shards(tmp_path / "parquet", 12, samples_per_shard=6, layout="parquet")
     for layout in ("tars", "parquet"):

@@ -4,16 +4,6 @@ import pytest
 import torch
 
 from iomm_hf.modular_iomm import IOMMBlocks, IOMMDecodeStep, modular_pipeline
-from iomm_hf.tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = tiny_pipeline()
-    for parameter in pipe.transformer.parameters():  # its last layer starts at zero: make every weight count
-        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_blocks_draw_what_the_pipeline_draws(pipe, images):

@@ -22,15 +22,6 @@ from iomm_hf.pipeline_iomm import decode_latents, draw_latents, guide, join_cond
 from iomm_hf.tiny import tiny_pipeline
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = tiny_pipeline()
-    for parameter in pipe.transformer.parameters():  # its last layer starts at zero: make every weight count
-        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def draw(pipe, *args, seed=0, steps=2, **kwargs):
     kwargs = {"output_type": "latent", "num_inference_steps": steps} | kwargs
     return pipe(*args, generator=torch.Generator().manual_seed(seed), **kwargs).images

@@ -297,9 +297,9 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         ):
             if embeds is None:
                 continue
-            width = condition_width(self.transformer)
-            if embeds.ndim != 3 or embeds.shape[2] != width or not embeds.numel():
-                raise ValueError(f"`{name}` must have the shape (batch, rows, {width}), got {tuple(embeds.shape)}.")
+            channels = condition_width(self.transformer)
+            if embeds.ndim != 3 or embeds.shape[2] != channels or not embeds.numel():
+                raise ValueError(f"`{name}` must have the shape (batch, rows, {channels}), got {tuple(embeds.shape)}.")
             if mask is not None and mask.shape != embeds.shape[:2]:
                 raise ValueError(
                     f"`{name}_mask` must have the shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
@@ -619,7 +619,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         ... )
         0 (64, 64)
         1 (64, 64)
-
         ```
         """
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
@@ -652,7 +651,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         >>> answer = tiny_pipeline().ask(Image.new("RGB", (64, 64)), "What is it?", max_new_tokens=4)
         >>> isinstance(answer, str)  # its weights are random: so is what it says
         True
-
         ```
         """
         if self.text_encoder is None or self.processor is None:
@@ -699,7 +697,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         >>> captions = tiny_pipeline().describe([Image.new("RGB", (64, 64))] * 2, max_new_tokens=4)
         >>> len(captions)
         2
-
         ```
         """
         return self.ask(image, "Describe the image.", **kwargs)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,29 +16,14 @@ from iomm_hf.cli import app
 from iomm_hf.hub.publish import REMOTE_CODE
 from iomm_hf.integrity import CHECKSUMS
 from iomm_hf.modeling_iomm import hash_weight_files
-from iomm_hf.testing.hub_server import HubError, LocalHub
+from iomm_hf.testing.hub_server import HubError
 
 
-HELPERS = """
-import json, pathlib, sys
-import torch
-torch.set_num_threads(1)
+SETUP = """
 LICENCES = {"mllm": "mit", "adapter": "apache-2.0", "transformer": "apache-2.0", "vae": "apache-2.0"}
-
-def draw(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a star", num_inference_steps=2, generator=generator, output_type="pt").images
 
 def condition(model, processor):
     return model(**processor.encode([processor.text_to_image("a star")])).condition.detach()
-
-def refusal(function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("nothing was refused")
 """
 # No trick with the name alone: the package is also out of reach of a search.
 WITHOUT_PACKAGE = """
@@ -48,23 +32,6 @@ sys.path[:] = [path for path in sys.path if not os.path.isdir(os.path.join(path 
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 assert importlib.util.find_spec("iomm_hf") is None
 """
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
-        yield hub
-
-
-def client(environment: dict[str, str], code: str, *arguments: str):
-    done = subprocess.run(
-        [sys.executable, "-c", HELPERS + code, *arguments],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +48,9 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-PUBLISH = """
+PUBLISH = (
+    SETUP
+    + """
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.hub.publish import publish
 
@@ -95,10 +64,11 @@ assert "403" in said, said
 done = publish(shipped_model(), "user/shipped", LICENCES, **options)
 pathlib.Path(expected).with_suffix(".json").write_text(json.dumps(done.commit))
 """
+)
 
 
 @pytest.fixture(scope="module")
-def published(hub, run_folder, tmp_path_factory, request):
+def published(hub, client, run_folder, tmp_path_factory, request):
     """The shipped model on the Hub: its folder here, its commit, and what it draws."""
     folder = tmp_path_factory.mktemp("published")
     expected = folder / "expected.pt"
@@ -176,7 +146,8 @@ for revision, expected in zip(sys.argv[3:], ("is not the file that was published
     assert expected in said and "vae/diffusion_pytorch_model.safetensors" in said, said
 """
 LOAD_WITHOUT = (
-    WITHOUT_PACKAGE
+    SETUP
+    + WITHOUT_PACKAGE
     + """
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
@@ -206,7 +177,7 @@ if not constants.HF_HUB_OFFLINE:
 )
 
 
-def test_it_loads_by_id_without_trust_pinned_and_offline_and_damage_is_found(hub, published, tmp_path):
+def test_it_loads_by_id_without_trust_pinned_and_offline_and_damage_is_found(hub, client, published, tmp_path):
     # What a truncated or altered upload looks like: other bytes on a branch of their own.
     weights = "vae/diffusion_pytorch_model.safetensors"
     content = hub.read("user/shipped", weights)
@@ -224,7 +195,7 @@ def test_it_loads_by_id_without_trust_pinned_and_offline_and_damage_is_found(hub
     assert hub.requests == []
 
 
-def test_it_loads_where_iomm_hf_is_not_installed_online_and_offline(hub, published, tmp_path):
+def test_it_loads_where_iomm_hf_is_not_installed_online_and_offline(hub, client, published, tmp_path):
     reader = hub.environment(tmp_path)
     reader.pop("PYTHONPATH", None)
     arguments = (str(published["expected"]), "main")
@@ -256,7 +227,9 @@ def frozen(hub, tmp_path_factory):
     return root
 
 
-PUBLISH_FROZEN = """
+PUBLISH_FROZEN = (
+    SETUP
+    + """
 from iomm_hf import IOMMPipeline
 from iomm_hf.hub.publish import publish
 
@@ -273,10 +246,11 @@ index.write_text(index.read_text().replace("user/vae", "user/gone"))
 said = refusal(IOMMPipeline.from_pretrained, output)
 assert "The frozen weights 'user/gone'" in said, said
 """
+)
 
 
 @pytest.mark.slow
-def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, frozen, tmp_path):
+def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, client, frozen, tmp_path):
     hub.create_repo("user/public")
     before = hub.resolve("user/public").id
     output = tmp_path / "referring"
