@@ -125,11 +125,19 @@ def push(folder: Path, config: CacheConfig):
         f" and at what resolution). Its recipes read it by id:\n\n```yaml\nimages: [{repo}]\n```"
     )
     DatasetCard(f"---\n{data}\n---\n\n{text}\n").save(folder / "README.md")
+    # Where the originals lie, perhaps on this machine, concerns no reader.
+    info = {name: value for name, value in json.loads((folder / CACHE_FILE).read_text()).items() if name != "source"}
+    api.upload_file(
+        repo_id=repo,
+        repo_type="dataset",
+        path_or_fileobj=json.dumps(info, indent=2).encode(),
+        path_in_repo=CACHE_FILE,
+    )
     api.upload_folder(
         repo_id=repo,
         repo_type="dataset",
         folder_path=folder,
-        allow_patterns=["train-*.parquet", CACHE_FILE, "README.md"],
+        allow_patterns=["train-*.parquet", "README.md"],
     )
     print(f"Pushed: {api.endpoint}/datasets/{repo}")
 

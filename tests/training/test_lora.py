@@ -195,6 +195,7 @@ def test_an_adapter_without_layers_is_refused(settings, tmp_path):
         ({"images": ["x"], "lora_alpha": 0}, "lora_alpha must be positive, got 0"),
         ({"images": ["x"], "lora_targets": []}, "names no layer"),
         ({"images": ["x"], "fully_shard": True}, "leave it out"),
+        ({"images": ["x"], "peak_tflops": 1.0}, "which a LoRA does not"),
     ],
 )
 def test_bad_settings_are_refused_with_the_value(settings, message):

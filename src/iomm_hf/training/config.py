@@ -292,6 +292,10 @@ class LoraTrainingConfig(TrainingConfig):
             raise ValueError("lora_targets names no layer; give the ends of some layers' names, such as to_q to_v.")
         if self.fully_shard:
             raise ValueError("fully_shard divides what trains, and a LoRA is small: leave it out (DDP serves).")
+        if self.peak_tflops is not None:
+            raise ValueError(
+                "peak_tflops counts what training all weights costs, which a LoRA does not: leave it out."
+            )
 
 
 def as_source(source: Any) -> SourceConfig:
