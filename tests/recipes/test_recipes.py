@@ -16,11 +16,12 @@ CONFIGS = sorted([*(ROOT / "recipes/configs").glob("*.yaml"), *(ROOT / "results"
 
 
 def config_classes(module):
-    return [
+    found = [
         thing
         for name, thing in vars(module).items()
         if isinstance(thing, type) and dataclasses.is_dataclass(thing) and name.endswith(("Config", "Arguments"))
     ]
+    return [thing for thing in found if not any(other is not thing and issubclass(other, thing) for other in found)]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
