@@ -43,15 +43,18 @@ def test_a_run_logs_them(settings, parts):
 
 def test_utilisation_is_the_share_of_the_peak_that_counted_flops_reach(settings, parts):
     settings |= {"pairs": [{"path": str(parts / "pairs"), "caption_column": "json.prompt"}], "max_steps": 2}
-    config = FinetuneConfig(**settings | {"log_every": 1, "tracker": "tensorboard", "peak_tflops": 0.5})
+    validation = {"validate_every": 2, "validation_prompts": ["a red circle"], "validation_steps": 2}
+    config = FinetuneConfig(**settings | validation | {"log_every": 1, "tracker": "tensorboard", "peak_tflops": 0.5})
     train(config)
     run = Path(settings["output_dir"])
     [_, row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     flops = estimate_training("tiny", wording_tokens=31, mixed_precision="no").flops
     counted = sum(flops.values()) - (1 - 0.5 * 0.9) * flops["vision tower"]
     assert row["utilisation"] == pytest.approx(row["images_per_second"] * counted / 0.5e12, rel=1e-6)
-    logged = EventAccumulator(str(run / "tracker/iomm")).Reload().Tags()["scalars"]
+    tracked = EventAccumulator(str(run / "tracker/iomm")).Reload()
+    logged = tracked.Tags()["scalars"]
     assert {"utilisation", "grad_norm", "learning_rate", "images_per_second"} <= {*logged}
     assert any(name.startswith("loss_by_time/") for name in logged)
+    assert len(tracked.Images("validation")) == 1
     with pytest.raises(ValueError, match="peak_tflops must be positive, got 0"):
         FinetuneConfig(**settings | {"peak_tflops": 0})

@@ -146,7 +146,7 @@ class TrainingConfig:
     )
     eval_pictures: int = setting(16, "Pictures of each of its six tasks.")
     log_every: int = setting(10, "Steps between lines of log.jsonl and the trackers.")
-    tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, ... or none.")
+    tracker: str = setting("none", "Accelerate tracker: tensorboard, wandb, trackio, ... or none.")
     peak_tflops: float | None = setting(
         None,
         "Peak of one device in the run's precision, TFLOP/s, as its maker states it (H100 SXM in bf16: 989). Then the log has"

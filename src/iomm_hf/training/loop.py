@@ -425,7 +425,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
     for name, value in row.items():
         if isinstance(value, dict):
             flattened |= {f"{name}/{key}": number for key, number in value.items()}
-        elif value is not None:
+        elif value is not None and name != "step":  # a tracker's own
             flattened[name] = value
     return flattened
 
@@ -470,8 +470,13 @@ def draw_validation(
     grid.save(temporary, format="PNG")
     temporary.replace(folder / f"step-{step:08d}.png")
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        if tracker.name == "trackio":  # Accelerate's wrapper of it takes no pictures
+            import trackio
+
+            tracker.log({"validation": trackio.Image(grid)}, step=step)
+        elif hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
 
 
 @torch.no_grad()
