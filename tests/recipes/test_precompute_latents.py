@@ -16,6 +16,7 @@ from iomm_hf.data.sources import SourceConfig
 from iomm_hf.data.streams import SampleStream
 from iomm_hf.tiny import tiny_encoder, tiny_vae
 from iomm_hf.training import FinetuneConfig, PretrainConfig, train
+from iomm_hf.training.setup import cache_identity
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_killed_one_goes_on_and_both_stages_train_on_it(module, folder, settin
     with pytest.raises(ValueError, match="another cache"):
         module.main(module.CacheConfig(**images, **settings | {"vision_tokens": False}))
     info = json.loads((tmp_path / "images" / CACHE_FILE).read_text())
-    assert info["resolution"] == 64 and len(info["vae"]) == len(info["mllm"]) == 64
+    assert info["resolution"] == 64 and len(info["vae"]) == len(info["vision tower"]) == 64
 
 
 @torch.no_grad()
@@ -197,3 +198,15 @@ def test_a_cache_without_keys_of_an_earlier_version_is_read(module, folder, sett
     stream = SampleStream(SourceConfig(str(tmp_path / "c")))
     keys = {sample["key"] for sample, _ in zip(stream, range(9), strict=False)}
     assert len(keys) == 9 and all(key.startswith(f"{stream.fingerprint}/") for key in keys)
+
+
+def test_a_cache_belongs_to_what_sees_and_not_to_what_speaks(processor):
+    mllm, vae = tiny_encoder(processor).mllm, tiny_vae()
+    before = cache_identity(mllm, vae, 64)
+    with torch.no_grad():
+        mllm.model.language_model.layers[0].mlp.down_proj.weight += 1
+    assert cache_identity(mllm, vae, 64) == before
+    with torch.no_grad():
+        next(mllm.model.multi_modal_projector.parameters()).add_(1)
+    after = cache_identity(mllm, vae, 64)
+    assert [name for name in before if after[name] != before[name]] == ["vision tower"]

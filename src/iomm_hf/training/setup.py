@@ -152,18 +152,22 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
     return pipeline
 
 
-def hash_module(module: nn.Module) -> str:
-    """SHA-256 of a module's weights as float32: the same however they were stored or nested."""
+def hash_module(module: nn.Module, *, leave_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a module's weights as float32, without those whose names begin with one of `leave_out`: the same however they
+    were stored or nested."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(leave_out):
+            continue
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
 def cache_identity(mllm: nn.Module, vae: nn.Module, resolution: int) -> dict[str, Any]:
-    """What a cache of [`~iomm_hf.data.cache`] belongs to."""
-    return {"mllm": hash_module(mllm), "vae": hash_module(vae), "resolution": resolution}
+    """What a cache of [`~iomm_hf.data.cache`] belongs to: an MLLM whose language model alone was trained on still fits."""
+    eyes = hash_module(mllm.get_submodule("model"), leave_out=("language_model.",))
+    return {"vision tower": eyes, "vae": hash_module(vae), "resolution": resolution}
 
 
 def check_caches(stream: MixedStream, pipeline: IOMMPipeline, resolution: int):
