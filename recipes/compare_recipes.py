@@ -3,6 +3,7 @@
     python recipes/compare_recipes.py                         # the six recipes; the same command goes on where it stopped
     python recipes/compare_recipes.py --seeds 0               # one seed of them
     python recipes/compare_recipes.py --studies mask_ratio pairs
+    python recipes/compare_recipes.py --studies pairs --arms "pictures first, 16000" "pairs alone, 16000"
 
 Pictures are plentiful and pairs few. Both stages have the settings of one YAML file each; an arm of a study changes some of
 them. Arms that train alike share their runs and scores. What is scored is not run again; table, plot and sheet are written
@@ -41,7 +42,7 @@ from iomm_hf.training.checkpoints import write_json
 
 
 RECIPES = Path(__file__).parent
-FREE = {"output_dir", "results_dir", "studies", "seeds"}  # may change while studies go on
+FREE = {"output_dir", "results_dir", "studies", "arms", "seeds"}  # may change while studies go on
 PROMPTS = ["a star", "a red circle", "two hearts", "a square and a ring", "a heart left of a star", "a blue cross"]
 
 
@@ -152,6 +153,7 @@ class CompareConfig:
     studies: list[str] = field(
         default_factory=lambda: ["six_recipes"], metadata={"help": f"Of {', '.join(STUDIES)}; or all."}
     )
+    arms: list[str] | None = field(default=None, metadata={"help": "Only these of the studies, by label. Default: all."})
     output_dir: str = field(default="outputs/compare", metadata={"help": "Folder of data and runs."})
     results_dir: str = field(
         default="results/compare", metadata={"help": "Folder of scores, and of a table, plot and sheet a study."}
@@ -182,6 +184,9 @@ class CompareConfig:
             self.studies = list(STUDIES)
         if unknown := [name for name in self.studies if name not in STUDIES]:
             raise ValueError(f"Unknown studies {unknown}; choose of {', '.join(STUDIES)}, or all.")
+        labels = [arm.label for name in self.studies for arm in STUDIES[name].arms]
+        if unknown := [label for label in self.arms or [] if label not in labels]:
+            raise ValueError(f"Unknown arms {unknown}; choose of {'; '.join(labels)}.")
 
 
 def claim(config: CompareConfig):
@@ -425,6 +430,7 @@ def main(config: CompareConfig):
         for name in config.studies
         for seed in config.seeds or STUDIES[name].seeds
         for arm in STUDIES[name].arms
+        if config.arms is None or arm.label in config.arms
     ]
     while todo:
         for item in todo:

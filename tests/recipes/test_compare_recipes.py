@@ -177,3 +177,5 @@ def test_every_arm_has_settings_that_its_recipe_takes(module, study):
 def test_an_unknown_study_is_refused(module):
     with pytest.raises(ValueError, match=r"Unknown studies \['colours'\]; choose of six_recipes"):
         module.CompareConfig(studies=["colours"])
+    with pytest.raises(ValueError, match=r"Unknown arms \['zero'\]; choose of residual; plain"):
+        module.CompareConfig(studies=["adapter"], arms=["residual", "zero"])
