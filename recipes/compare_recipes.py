@@ -153,7 +153,9 @@ class CompareConfig:
     studies: list[str] = field(
         default_factory=lambda: ["six_recipes"], metadata={"help": f"Of {', '.join(STUDIES)}; or all."}
     )
-    arms: list[str] | None = field(default=None, metadata={"help": "Only these of the studies, by label. Default: all."})
+    arms: list[str] | None = field(
+        default=None, metadata={"help": "Only these of the studies, by label. Default: all."}
+    )
     output_dir: str = field(default="outputs/compare", metadata={"help": "Folder of data and runs."})
     results_dir: str = field(
         default="results/compare", metadata={"help": "Folder of scores, and of a table, plot and sheet a study."}
