@@ -1,6 +1,6 @@
 """How the documentation is built: `make docs`. Pages are Markdown (MyST), the reference comes from docstrings, settings and commands.
 
-Sphinx reads reStructuredText in docstrings, ours are Markdown in Hugging Face's grammar: `to_rst` is the bridge.
+Sphinx and MyST are well kept; MkDocs has had no release since August 2024. Sphinx reads reStructuredText in docstrings, ours are Markdown in Hugging Face's grammar: `to_rst` is the bridge.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # links to headings, checked when the pages are built
 suppress_warnings = ["config.cache"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["iomm.css"]
 html_show_sourcelink = False
 html_copy_source = False
 

@@ -100,7 +100,7 @@ class Svg:
         x: float,
         y: float,
         words: str,
-        size: int = 13,
+        size: int = 16,
         color: str = "ink",
         weight: int = 400,
         anchor: str = "middle",
@@ -148,9 +148,9 @@ class Svg:
 
     def chip(self, x: float, y: float, word: str, color: str):
         """A small label whose right end is at `x`."""
-        width = 8 * len(word) + 14
-        self.box(x - width, y, width, 20, fill="card", edge=color, radius=10)
-        self.text(x - width / 2, y + 14, word, 12, color, 600)
+        width = 9 * len(word) + 14
+        self.box(x - width, y, width, 24, fill="card", edge=color, radius=12)
+        self.text(x - width / 2, y + 17, word, 14, color, 600)
 
     def __str__(self) -> str:
         heads = "".join(
@@ -176,33 +176,33 @@ def draw(example: Example, colors: dict[str, str]) -> str:
     seen = [cell for cell, hidden in zip(patches, example.hidden, strict=True) if not hidden]
 
     # 1. The picture, cut into tokens, part of them hidden
-    top, size = 74, 144
-    svg.text(96, 44, "a picture", 16, weight=600)
-    svg.text(96, 62, "no caption", 13, "muted")
+    top, size = 78, 128
+    svg.text(88, 42, "a picture", 18, weight=600)
+    svg.text(88, 64, "no caption", 16, "muted")
     svg.picture(24, top, size, example.picture)
-    svg.arrow(f"M176 {top + size / 2} H204")
-    svg.text(284, 44, f"{len(patches)} image tokens", 16, weight=600)
-    svg.text(284, 62, f"a random {sum(example.hidden)} are hidden", 13, "muted")
+    svg.arrow(f"M158 {top + size / 2} H184")
+    svg.text(254, 42, f"{len(patches)} image tokens", 18, weight=600)
+    svg.text(254, 64, f"{sum(example.hidden)} of them hidden", 16, "muted")
     step = size / side
     for number, (cell, hidden) in enumerate(zip(patches, example.hidden, strict=True)):
-        x, y = 212 + number % side * step, top + number // side * step
+        x, y = 190 + number % side * step, top + number // side * step
         if hidden:
             svg.box(x + 2, y + 2, step - 4, step - 4, fill="none", edge="line", radius=3, dashes="3 4")
         else:
             svg.picture(x + 1, y + 1, step - 2, cell)
-    svg.arrow("M284 226 V262 H394", "frozen")
-    svg.text(300, 252, f"the other {len(seen)}", 13, "muted", anchor="start")
+    svg.arrow("M254 212 V262 H352", "frozen")
+    svg.text(264, 252, f"{len(seen)} remain", 16, "muted", anchor="start")
 
     # 2. The MLLM reads the instruction, the visible tokens and, last, the queries
-    left, right = 398, 846
+    left, right = 356, 804
     svg.box(left, 24, right - left, 270, "frozen_fill", "frozen")
-    svg.text(left + 18, 50, "multimodal LLM", 16, weight=600, anchor="start")
+    svg.text(left + 18, 52, "multimodal LLM", 20, weight=600, anchor="start")
     svg.chip(right - 14, 36, "frozen", "frozen")
     row, out = 262, 104  # heights of the sequence and of its output
     tokens: list[tuple[float, str]] = []
     svg.box(left + 16, row - 15, 112, 30, edge="line", radius=6)
-    svg.text(left + 72, row - 1, "“Generate an image", 10, "muted")
-    svg.text(left + 72, row + 10, "that is identical …”", 10, "muted")
+    svg.text(left + 72, row - 2, "“Generate an", 12, "muted")
+    svg.text(left + 72, row + 12, "image that is …”", 12, "muted")
     tokens.append((left + 72, "line"))
     x = left + 138
     for cell in seen:
@@ -216,8 +216,8 @@ def draw(example: Example, colors: dict[str, str]) -> str:
         tokens.append((x + 8, "trained"))
         x += 20
     svg.box(left + 16, 138, right - left - 32, 84, edge="frozen", radius=8)
-    svg.text((left + right) / 2, 176, "transformer layers, causal:", 13, "frozen", 600)
-    svg.text((left + right) / 2, 196, "queries come last and see everything before them", 13, "muted")
+    svg.text((left + right) / 2, 176, "transformer layers, causal:", 16, "frozen", 600)
+    svg.text((left + right) / 2, 196, "queries come last and see everything before them", 15, "muted")
     for x, color in tokens:
         svg.arrow(f"M{x:g} {row - 17} V226", color, head=False)
         svg.arrow(f"M{x:g} 138 V{out + 14}", color, head=False)
@@ -225,52 +225,52 @@ def draw(example: Example, colors: dict[str, str]) -> str:
             svg.dot(x, out, 7, color, "trained_fill")
         else:
             svg.box(x - 7, out - 7, 14, 14, edge="line", radius=4)
-    svg.text(left + 18, 82, "condition h", 13, "ink", 600, anchor="start")
+    svg.text(left + 18, 84, "condition h", 16, "ink", 600, anchor="start")
 
     # 3. The adapter looks at the embeddings and hands over the queries
-    svg.box(498, 334, 348, 62, "trained_fill", "trained")
-    svg.text(516, 360, "residual query adapter", 16, weight=600, anchor="start")
-    svg.text(516, 381, "learned queries look at the visible tokens", 13, "muted", anchor="start")
-    svg.chip(832, 343, "trained", "trained")
-    svg.arrow("M600 296 V330", "line")
+    svg.box(420, 334, 384, 66, "trained_fill", "trained")
+    svg.text(438, 362, "residual query adapter", 20, weight=600, anchor="start")
+    svg.text(438, 386, "learned queries look at the visible tokens", 16, "muted", anchor="start")
+    svg.chip(790, 343, "trained", "trained")
+    svg.arrow("M560 296 V330", "line")
     svg.arrow(f"M{queries:g} 332 V{row + 12}", "trained")
 
     # 4. The same seat for text
-    svg.box(24, 306, 332, 62, edge="line", dashes="5 4")
-    svg.text(40, 332, "“a red circle above a star”", 15, weight=600, anchor="start")
-    svg.text(40, 353, "later, text takes the very same seat", 13, "muted", anchor="start")
-    svg.arrow("M356 337 H376 V274 H394", "line", "5 4")
+    svg.box(24, 304, 310, 66, edge="line", dashes="5 4")
+    svg.text(40, 331, "“a red circle above a star”", 18, weight=600, anchor="start")
+    svg.text(40, 356, "later, text takes the same seat", 16, "muted", anchor="start")
+    svg.arrow("M334 337 H344 V274 H352", "line", "5 4")
 
     # 5. The generator learns to draw the whole picture from that
-    svg.box(884, 24, 212, 270, "trained_fill", "trained")
-    svg.text(902, 50, "generator", 16, weight=600, anchor="start")
+    svg.box(846, 24, 250, 270, "trained_fill", "trained")
+    svg.text(864, 52, "generator", 20, weight=600, anchor="start")
     svg.chip(1082, 36, "trained", "trained")
-    svg.arrow(f"M{right} {out} H880", "frozen")
-    svg.text(990, 96, "learns to draw the whole", 13, "ink")
-    svg.text(990, 114, "picture from the part", 13, "ink")
-    svg.box(902, 134, 176, 142, radius=8)
-    svg.text(990, 158, "noised picture, time", 12, "muted")
-    svg.text(990, 178, f"xₜ = (1 {MINUS} t) x + t z", 14)
-    svg.arrow("M990 186 V202", "line")
-    svg.text(990, 222, "velocity", 12, "muted")
-    svg.text(990, 242, f"F(xₜ, t, h) ≈ z {MINUS} x", 14, "trained", 600)
-    svg.text(990, 264, "squared error is the loss", 12, "muted")
+    svg.arrow(f"M{right} {out} H842", "frozen")
+    svg.text(971, 92, "learns to draw the whole", 16, "ink")
+    svg.text(971, 114, "picture from the part", 16, "ink")
+    svg.box(864, 130, 214, 150, radius=8)
+    svg.text(971, 155, "noised picture, time", 15, "muted")
+    svg.text(971, 178, f"xₜ = (1 {MINUS} t) x + t z", 18)
+    svg.arrow("M971 188 V204", "line")
+    svg.text(971, 222, "velocity", 15, "muted")
+    svg.text(971, 244, f"F(xₜ, t, h) ≈ z {MINUS} x", 18, "trained", 600)
+    svg.text(971, 267, "squared error is the loss", 15, "muted")
 
     # 6. Drawing, for real
     y, frame = 452, 96
-    svg.text(24, 434, "Drawing: from noise, seeing those tokens alone", 16, weight=600, anchor="start")
+    svg.text(24, 434, "Drawing: from noise, seeing those tokens alone", 20, weight=600, anchor="start")
     count = len(example.frames)
     gap = (WIDTH - 48 - frame * (count + 1) - 60) / (count - 1)
     for number, (time, image) in enumerate(example.frames):
         x = 24 + number * (frame + gap)
         svg.picture(x, y, frame, image)
-        svg.text(x + frame / 2, y + frame + 20, f"t = {time:.2f}".rstrip("0").rstrip("."), 13, "muted")
+        svg.text(x + frame / 2, y + frame + 20, f"t = {time:.2f}".rstrip("0").rstrip("."), 16, "muted")
         if number + 1 < count:
             svg.arrow(f"M{x + frame + 8:g} {y + frame / 2:g} h{gap - 18:g}", "trained")
     x = WIDTH - 24 - frame
     svg.arrow(f"M{x - 30:g} {y} v{frame}", "line", "3 4", head=False)
     svg.picture(x, y, frame, example.picture)
-    svg.text(x + frame / 2, y + frame + 20, "the picture", 13, "muted")
+    svg.text(x + frame / 2, y + frame + 20, "the picture", 16, "muted")
     return str(svg)
 
 
