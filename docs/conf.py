@@ -1,6 +1,7 @@
 """How the documentation is built: `make docs`. Pages are Markdown (MyST), the reference comes from docstrings, settings and commands.
 
-Sphinx and MyST are well kept; MkDocs has had no release since August 2024. Sphinx reads reStructuredText in docstrings, ours are Markdown in Hugging Face's grammar: `to_rst` is the bridge.
+Sphinx and MyST are well kept; MkDocs has had no release since August 2024. Sphinx reads reStructuredText in docstrings, ours are
+Markdown in Hugging Face's grammar: `to_rst` is the bridge.
 """
 
 import dataclasses
@@ -23,10 +24,8 @@ copyright = "the iomm-hf contributors, Apache-2.0"
 html_title = f"iomm-hf {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["README.md"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # links to headings, checked when the pages are built
-suppress_warnings = ["config.cache"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["iomm.css"]
@@ -41,26 +40,26 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
+REFERENCE = re.compile(r"\[`(~?[\w.]+)`\]")
 LINK = re.compile(r"\[([^\]`]+)\]\((\S+?)\)")
 RAISED = re.compile(r"^( *)`(\w+)`:", re.MULTILINE)
 ARGUMENT = re.compile(r" +\w[\w, ]* \(")
-LITERAL = re.compile(r"(?<![`:\w])`([^`]+)`(\w?)")
+LITERAL = re.compile(r"(?<!`)`([^`]+)`(\w?)")
 
 
 def to_rst(docstring: str) -> str:
     """Fences, references, links and code spans of Markdown, as reStructuredText writes them."""
-    blocks: list[str] = []
+    done: list[str] = []  # what is converted, and not to be looked at again
+
+    def keep(text: str) -> str:
+        done.append(text)
+        return f"\0{len(done) - 1}\0"
 
     def fence(match: re.Match) -> str:
         indent, language, code = match.groups()
         language = {"python": "pycon", "py": "pycon", "": "text"}.get(language, language)
-        lines = [f"{indent}.. code-block:: {language}", ""] + [f"    {line}" for line in code.splitlines()]
-        blocks.append("\n".join(lines) + "\n")
-        return f"\0{len(blocks) - 1}\0"
-
-    def literal(match: re.Match) -> str:
-        return f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else "")
+        lines = [f"{indent}.. code-block:: {language}", "", *(f"    {line}" for line in code.splitlines()), ""]
+        return keep("\n".join(lines))
 
     lines: list[str] = []
     for line in FENCE.sub(fence, docstring).splitlines():
@@ -68,12 +67,11 @@ def to_rst(docstring: str) -> str:
             lines[-1] += " " + line.strip()  # napoleon wants an argument's type in one line
         else:
             lines.append(line)
-    text = "\n".join(lines)
-    text = RAISED.sub(r"\1\2:", text)
-    text = REFERENCE.sub(r":py:obj:`\1\2`", text)
-    text = LINK.sub(r"`\1 <\2>`__", text)
-    text = LITERAL.sub(literal, text.replace("`__", "\1")).replace("\1", "`__")
-    return re.sub("\0(\\d+)\0", lambda match: blocks[int(match[1])], text)
+    text = RAISED.sub(r"\1\2:", "\n".join(lines))
+    text = REFERENCE.sub(lambda match: keep(f":py:obj:`{match[1]}`"), text)
+    text = LINK.sub(lambda match: keep(f"`{match[1]} <{match[2]}>`__"), text)
+    text = LITERAL.sub(lambda match: f"``{match[1]}``" + (f"\\ {match[2]}" if match[2] else ""), text)
+    return re.sub("\0(\\d+)\0", lambda match: done[int(match[1])], text)
 
 
 def convert_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]):

@@ -82,6 +82,9 @@ def test_pages_build_without_a_warning(tmp_path, capfd):
     page = (tmp_path / "html/reference/pipeline.html").read_text()
     assert "num_inference_steps" in page and "Strength of guidance" in page  # from the docstring
     assert "Learned queries; 0: none" in (tmp_path / "html/reference/settings.html").read_text()
+    for path in (tmp_path / "html/reference").glob("*.html"):
+        words = re.sub(r"<(pre|script)\b.*?</\1>", "", path.read_text(), flags=re.DOTALL)
+        assert "`" not in words, path.name  # Markdown that reached the page as it was
 
 
 @pytest.mark.parametrize("page", PAGES)
