@@ -1,9 +1,9 @@
 """The documentation builds without a warning, and what it tells its reader to do works.
 
 Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
-through the recipe's own settings, the blocks of the first pages run, and each quoted error message occurs in the source. Slow: a reader goes through
-the guides from top to bottom, block after block in one folder, against a Hub on this machine. Two comments steer that, each about the
-block below it:
+through the recipe's own settings, the blocks of the first pages run, and each quoted error message occurs in the source. Slow: a
+reader goes through the guides from top to bottom, block after block in one folder, against a Hub on this machine; and the figure
+is drawn again. Two comments steer that, each about the block below it:
 
     <!-- test: --max_steps 4 -->                     flags that are added to its commands, for a smoke size
     <!-- checked, not run: it takes eight GPUs -->   only parsed, and why
@@ -185,6 +185,7 @@ def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
         assert np.asarray(namespace["picture"]).std() > 5  # something was drawn
 
 
+@pytest.mark.slow
 def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["method.py", "--output_dir", str(tmp_path)])
     runpy.run_path(str(DOCS / "figures/method.py"), run_name="__main__")
