@@ -13,7 +13,7 @@ define compare
 	done; for pid in $$pids; do wait $$pid || exit 1; done
 endef
 
-.PHONY: help setup quickstart test test-slow reproduce-quick reproduce lint format clean
+.PHONY: help setup quickstart test test-slow reproduce-quick reproduce docs lint format clean
 
 help:
 	@echo "make quickstart  set up, train both stages of a tiny IOMM (about twelve minutes), draw pictures"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow   the longer checks as well"
 	@echo "make reproduce-quick  one seed of the six recipes"
 	@echo "make reproduce        every study, all seeds; both go on where they were stopped"
+	@echo "make docs        build the documentation, outputs/docs/index.html; a broken link is an error"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove the environment and all outputs"
 
@@ -46,6 +47,10 @@ reproduce-quick: setup
 
 reproduce: setup
 	$(call compare,--studies all)
+
+docs: setup
+	$(RUN) $(BIN)/python -m sphinx -W --keep-going -q docs outputs/docs
+	@echo "Open outputs/docs/index.html"
 
 lint: setup
 	$(BIN)/ruff check .

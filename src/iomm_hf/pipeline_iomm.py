@@ -45,15 +45,15 @@ from .processing_iomm import IOMMProcessor
 
 
 EXAMPLE = """
-    Example:
+        Example:
 
-    ```python
-    >>> from iomm_hf.tiny import tiny_pipeline
-    >>> pipe = tiny_pipeline()
-    >>> pipe.set_progress_bar_config(disable=True)
-    >>> pipe("a red circle left of a blue star", num_inference_steps=2).images[0].size
-    (64, 64)
-    ```
+        ```python
+        >>> from iomm_hf.tiny import tiny_pipeline
+        >>> pipe = tiny_pipeline()
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe("a red circle left of a blue star", num_inference_steps=2).images[0].size
+        (64, 64)
+        ```
 """
 
 # Files of a published pipeline that loading needs; nothing that could hold a pickle.

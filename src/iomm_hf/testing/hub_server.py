@@ -116,8 +116,9 @@ class LocalHub:
             Needed for writing. Reading works without a token, but not with a wrong one.
 
     Example:
-        ```py
-        >>> import tempfile
+
+    ```py
+    >>> import tempfile
     >>> with LocalHub(tempfile.mkdtemp()) as hub:
     ...     commit = hub.commit_files("user/model", {"config.json": b"{}"})
     ...     hub.read("user/model", "config.json", revision=commit)

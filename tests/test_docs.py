@@ -1,0 +1,271 @@
+"""The documentation builds without a warning, and what it tells its reader to do works.
+
+Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
+through the recipe's own settings, the blocks of the first pages run, and each quoted error message occurs in the source. Slow: a
+reader goes through the guides from top to bottom, block after block in one folder, against a Hub on this machine; and the figure
+is drawn again. Two comments steer that, each about the block below it:
+
+    <!-- test: --max_steps 4 -->                     flags that are added to its commands, for a smoke size
+    <!-- checked, not run: it takes eight GPUs -->   only parsed, and why
+
+The tables of figures and the words around them are not tested here.
+"""
+
+import ast
+import base64
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+import typing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import typer
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from sphinx.cmd.build import build_main
+from trl import TrlParser
+from typer.testing import CliRunner
+
+from iomm_hf.cli import app
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GUIDES = ["train", "fine-tune", "lora", "publish", "evaluate", "scale"]  # a reader's way through them
+BLOCK = re.compile(
+    r"(?:^<!-- (test|checked, not run):(.*?)-->\n)?^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE
+)
+COMMAND = re.compile(r"^(?=.*(?:recipes/\w+\.py|iomm-hf ))(?!#).*$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: str
+    language: str
+    code: str
+    flags: str = ""  # added to its commands
+    only_checked: str = ""  # why it is not run
+
+    def commands(self) -> list[list[str]]:
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+    def smoke(self) -> str:
+        return COMMAND.sub(lambda line: f"{line[0]} {self.flags}", self.code.replace("\\\n", " "))
+
+
+def blocks(page: str, *languages: str) -> list[Block]:
+    found = []
+    for kind, note, language, code in BLOCK.findall((DOCS / f"{page}.md").read_text()):
+        note = note.strip()
+        flags, reason = (note, "") if kind == "test" else ("", note)
+        if not languages or language in languages:
+            found.append(Block(page, language, code, flags, reason))
+    return found
+
+
+PAGES = sorted(str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md"))
+BASH = [pytest.param(block, id=f"{page}-{i}") for page in PAGES for i, block in enumerate(blocks(page, "bash"))]
+
+
+def test_pages_build_without_a_warning(tmp_path, capfd):
+    status = build_main(["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(DOCS), str(tmp_path / "html")])
+    assert status == 0, capfd.readouterr().err
+    page = (tmp_path / "html/reference/pipeline.html").read_text()
+    assert "num_inference_steps" in page and "Strength of guidance" in page  # from the docstring
+    assert "Learned queries; 0: none" in (tmp_path / "html/reference/settings.html").read_text()
+    for path in (tmp_path / "html/reference").glob("*.html"):
+        words = re.sub(r"<(pre|script)\b.*?</\1>", "", path.read_text(), flags=re.DOTALL)
+        assert "`" not in words, path.name  # Markdown that reached the page as it was
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_of_a_kind_that_is_tested(page):
+    indented = re.findall(r"^(?: +```|~~~).*", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
+    assert indented == [], "no test would find them"
+    for block in blocks(page):
+        if block.language.startswith("{"):  # a directive: the build runs it
+            continue
+        if page == "troubleshooting":
+            assert block.language == "text"
+            continue
+        assert page in ("index", "how-it-works", *GUIDES) and block.language in ("python", "bash", "yaml")
+        if block.language == "yaml":
+            assert re.match(r"# [\w-]+\.yaml\n", block.code), "its first line names the file"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:recipes|results|docs|tests|benchmarks)/[\w./*-]+)`", (DOCS / f"{page}.md").read_text())
+    for name in named:
+        assert list(ROOT.glob(name)), f"{page} names {name}"
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder as the repository's is to a reader, with the YAML files that the pages show."""
+    lay_out(tmp_path)
+    for page in GUIDES:
+        for block in blocks(page, "yaml"):
+            write_yaml(block, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lay_out(folder: Path):
+    for name in ("recipes", "results", "Makefile", "constraints.txt", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def write_yaml(block: Block, folder: Path):
+    (folder / block.code.splitlines()[0].removeprefix("# ")).write_text(block.code)
+
+
+def check_recipe(words: list[str]):
+    script, *flags = words
+    assert script.startswith("recipes/")
+    main = runpy.run_path(script, run_name="recipe")["main"]
+    hints = typing.get_type_hints(main)
+    hints.pop("return", None)
+    TrlParser(list(hints.values())).parse_args_and_config(flags)
+
+
+def check_command(words: list[str]):
+    """Whether the program that it calls understands it."""
+    program, *rest = words
+    if program == "accelerate":
+        assert rest[0] == "launch"
+        parsed = launch_command_parser().parse_args(rest[1:])
+        assert parsed.config_file is None or Path(parsed.config_file).is_file()
+        check_recipe([parsed.training_script, *parsed.training_script_args])
+    elif program == "python":
+        check_recipe(rest)
+    elif program == "iomm-hf":
+        typing.cast(typing.Any, typer.main.get_command(app)).commands[rest[0]].make_context(rest[0], rest[1:])
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *rest], check=True, capture_output=True)
+    elif program == "pip":
+        assert rest[:2] == ["install", "-e"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.findall(r"\w+", rest[2])) <= set(extras)
+    else:
+        assert program == "export" and all("=" in word for word in rest), f"no test knows what {program} is"
+
+
+@pytest.mark.parametrize("block", BASH)
+def test_commands_are_understood_by_what_they_call(block, desk):
+    for words in block._replace(code=block.smoke()).commands():
+        check_command(words)
+
+
+@pytest.mark.parametrize("page", ["index", "how-it-works"])
+def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in blocks(page, "python", "bash"):
+        if block.language == "python":
+            exec(compile(block.code, f"{page}.md", "exec"), namespace)
+        elif not block.only_checked:
+            for words in block._replace(code=block.smoke()).commands():
+                assert words[0] == "iomm-hf"
+                done = CliRunner().invoke(app, words[1:])
+                assert done.exit_code == 0, done.output
+    if page == "index":
+        picture = np.asarray(Image.open("picture.png").resize((4, 4), Image.Resampling.BOX), dtype=float)
+        assert (picture[..., 0] - picture[..., 1:].mean(-1)).max() > 30  # a red circle was asked for
+    else:
+        assert np.asarray(namespace["picture"]).std() > 5  # something was drawn
+
+
+@pytest.mark.slow
+def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["method.py", "--output_dir", str(tmp_path)])
+    runpy.run_path(str(DOCS / "figures/method.py"), run_name="__main__")
+    embedded = re.compile(r'href="data:image/png;base64,([^"]+)"')
+    for theme in ("light", "dark"):
+        drawn, kept = ((folder / f"method-{theme}.svg").read_text() for folder in (tmp_path, DOCS / "figures"))
+        assert embedded.sub("", drawn) == embedded.sub("", kept)
+        for one, two in zip(embedded.findall(drawn), embedded.findall(kept), strict=True):
+            pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float) for data in (one, two)]
+            assert np.abs(pixels[0] - pixels[1]).mean() < 4  # other machines round otherwise
+
+
+def messages() -> set[str]:
+    """What the package and the recipes raise, with … for what is filled in."""
+    found = set()
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.add("".join(filled_in(part, constants) for part in node.values))
+    return found
+
+
+def filled_in(part: ast.expr, constants: dict[str, typing.Any]) -> str:
+    if isinstance(part, ast.Constant):
+        return part.value
+    assert isinstance(part, ast.FormattedValue)
+    return str(constants.get(part.value.id, "…")) if isinstance(part.value, ast.Name) else "…"
+
+
+def test_quoted_messages_occur_in_the_source():
+    raised = messages()
+    quoted = [block.code.strip() for block in blocks("troubleshooting", "text")]
+    assert len(quoted) >= 25 and len(set(quoted)) == len(quoted)
+    assert [message for message in quoted if not any(message in template for template in raised)] == []
+    assert min(len(message.replace("…", "")) for message in quoted) > 15  # enough to be found by
+
+
+# Runs the blocks that it gets on stdin, one namespace for all of Python, and stops at the first that fails.
+READER = """
+import json, subprocess, sys
+namespace = {}
+for place, language, code in json.load(sys.stdin):
+    print(place, flush=True)
+    if language == "python":
+        exec(compile(code, place, "exec"), namespace)
+    else:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_goes_through_the_guides(tmp_path, hub):
+    lay_out(tmp_path)
+    environment = hub.environment(tmp_path / "home") | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    for page in GUIDES:
+        steps = []
+        for number, block in enumerate(blocks(page, "python", "bash", "yaml")):
+            if block.language == "yaml":
+                write_yaml(block, tmp_path)
+            elif not block.only_checked:
+                steps.append((f"{page}.md, block {number}", block.language, block.smoke()))
+        done = subprocess.run(
+            [sys.executable, "-c", READER],
+            input=json.dumps(steps),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "outputs/mine/stage2/final/model_index.json").is_file()
+    assert "model_index.json" in hub.resolve("user/name").files
