@@ -490,7 +490,9 @@ def publish(
     prompt: Annotated[list[str], typer.Option(help="What the card's pictures show; may be repeated.")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Sampling steps of these pictures.")] = 30,
     run: Annotated[Path | None, typer.Option(help="Folder of the training run, for the card.")] = None,
-    score: Annotated[Path | None, typer.Option(help="score.json of this checkpoint, for the card.")] = None,
+    score: Annotated[
+        list[Path], typer.Option(help="result.json or score.json of this checkpoint, for the card; may be repeated.")
+    ] = [],  # noqa: B006
     benchmark: Annotated[
         str | None, typer.Option(help="Data set on the Hub whose leaderboard the score belongs to.")
     ] = None,

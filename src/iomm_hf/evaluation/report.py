@@ -11,22 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .generation import read_note
 from .geneval_models import load_picture
 from .paper import PAPER
-from .results import Details, read_result
+from .results import PARTS, Details, read_result, values_of
 
 
 REPORT = "report.md"
-PARTS = {
-    "geneval": "tasks",
-    "shapes": "tasks",
-    "wise": "categories",
-    "wise-verified": "categories",
-    "imgedit": "types",
-}
 SHEET = 24  # failures shown
 HIGHEST = {"dpg": 100.0, "imgedit": 5.0}  # of the others 1
 
@@ -88,16 +81,6 @@ def unique(names: Sequence[str]) -> list[str]:
     return [
         name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)
     ]
-
-
-def values_of(benchmark: str, scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """Overall and its parts, as numbers."""
-    parts = scores.get(PARTS.get(benchmark, ""), {})
-    overall = scores["overall"]
-    return {
-        "overall": None if overall is None else overall["value"],
-        **{name: part.get("accuracy", part.get("value")) for name, part in parts.items()},
-    }
 
 
 def table(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -213,7 +196,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         for start in range(0, len(shown_lines), columns):
             part = shown_lines[start : start + columns]
             label = str(start + 1)
-            images = [load_picture(pictures / line["key"].partition("#")[0]) for line in part]
+            images = [with_boxes(load_picture(pictures / line["key"].partition("#")[0]), line) for line in part]
             rows[label] = images + [blank] * (columns - len(part))
             titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
         sheet = f"{benchmark}-failures-{number}.png"
@@ -257,6 +240,19 @@ def grade(line: Mapping[str, Any]) -> float:
     read = line.get("read")
     numbers = read if isinstance(read, list) else list(read.values()) if isinstance(read, dict) else [0]
     return math.fsum(numbers)
+
+
+def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
+    """A picture with a frame around each object that counted, where a detector looked."""
+    pen = ImageDraw.Draw(picture)
+    for item in line.get("detections", []):
+        left, top, right, bottom = item["box"]
+        pen.rectangle(
+            (left, top, max(right - 1, left), max(bottom - 1, top)),
+            outline="magenta",
+            width=max(1, picture.width // 256),
+        )
+    return picture
 
 
 def caption(line: Mapping[str, Any], pictures: Path) -> str:

@@ -24,6 +24,14 @@ from .benchmarks import Benchmark
 
 SCHEMA = "iomm-hf/evaluation/1"
 RESULT = "result.json"
+# Where scores hold what the overall one is made of
+PARTS = {
+    "geneval": "tasks",
+    "shapes": "tasks",
+    "wise": "categories",
+    "wise-verified": "categories",
+    "imgedit": "types",
+}
 PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "openai", "numpy", "pillow", "scipy")
 
 
@@ -246,6 +254,16 @@ def build_result(
         "pictures_sha256": hash_pictures(pictures),
         "software": software(PACKAGES),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def values_of(benchmark: str, scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Overall and its parts, as numbers."""
+    parts = scores.get(PARTS.get(benchmark, ""), {})
+    overall = scores["overall"]
+    return {
+        "overall": None if overall is None else overall["value"],
+        **{name: part.get("accuracy", part.get("value")) for name, part in parts.items()},
     }
 
 
