@@ -337,7 +337,7 @@ def refusals():
     logging.disable(logging.WARNING)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an extra that is not installed, by name
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     finally:

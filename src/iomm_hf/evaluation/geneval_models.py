@@ -217,7 +217,10 @@ def resolve_model(name: str, revision: str | None) -> tuple[Path, str | None]:
     """
     if Path(name).is_dir():
         return Path(name), None
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except OSError as error:  # the Hub's client does not always say which id it misses
+        raise OSError(f"{name}: {error}") from error
     return folder, folder.name  # the Hub's cache names snapshots by their commit
 
 

@@ -6,7 +6,8 @@ OUTPUT/pictures/...            the official layout: the authors' scorers read it
 OUTPUT/scores/SCORER/          scorer.json, details-*.jsonl (what was seen), result.json, report
 ```
 
-Under `accelerate launch` ranks share out drawing and detection; the first one asks judges and adds up. The same command goes on after
+Under `accelerate launch` ranks share out drawing, detection and judging by a model that runs here; the first one asks served judges and
+adds up. The same command goes on after
 an interruption, and where a result is there already it only shows it.
 """
 
@@ -16,9 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from ..shipped import shipped_model
@@ -27,7 +30,7 @@ from .benchmarks import Benchmark, load_benchmark
 from .generation import PICTURES, SETTINGS, generate, read_note
 from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture
 from .judges import EndpointJudge, Judge, TransformersJudge
-from .judging import Judged, judge_pictures, judged
+from .judging import Judged, add_up, ask_all, judged
 from .pipelines import load_pipeline
 from .results import (
     RESULT,
@@ -120,6 +123,11 @@ class EvaluationConfig:
                 f"{self.benchmark} is scored by a judge, which has no default: name one with --judge MODEL, and with --judge-url"
                 " where it is served. --step generate draws without scoring."
             )
+        kind = TransformersJudge if self.judge_url is None else EndpointJudge
+        known = set(signature(kind).parameters) - {"model", "base_url", "revision", "device"}
+        unknown = sorted(set(self.judge_options) - known)
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
         if self.unreadable not in ("error", "lowest"):
             raise ValueError(f"unreadable must be error or lowest, got {self.unreadable!r}.")
 
@@ -146,7 +154,7 @@ def ranks() -> Iterator[Ranks]:
     from accelerate import PartialState
 
     # The first rank may ask a judge for hours while the others wait.
-    state = PartialState(timeout=timedelta(days=7))
+    state = PartialState(cpu=accelerator_type() is None, timeout=timedelta(days=7))
     try:
         yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
     finally:
@@ -188,7 +196,7 @@ def evaluate(
         )
         folder = config.pictures if config.pictures is not None else config.output / PICTURES
         judge_task = None
-        if config.benchmark in JUDGED and config.step != "generate" and group.first:
+        if config.benchmark in JUDGED and config.step != "generate" and group.first:  # before hours of drawing
             judge_task = prepare_judge(config, benchmark, folder, confirm)
         if config.pictures is None and config.step != "score":
             draw(config, benchmark, group)
@@ -223,18 +231,27 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
     )
 
 
-def rank_device(group: Ranks) -> str:
-    """The accelerator of this rank, or the CPU."""
-    import torch
-
+def accelerator_type() -> str | None:
+    """Such as cuda; `None` without one, or where Accelerate is told to use the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return None
+    return accelerator.type
+
+
+def rank_device(group: Ranks) -> str:
+    """The accelerator of this rank, or the CPU."""
+    kind = accelerator_type()
+    if kind is None:
         return "cpu"
-    return accelerator.type if group.count == 1 else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}"
+    return kind if group.count == 1 else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def prepare_judge(
-    config: EvaluationConfig, benchmark: Benchmark, folder: Path, confirm: Callable[[str], bool]
+    config: EvaluationConfig,
+    benchmark: Benchmark,
+    folder: Path,
+    confirm: Callable[[str], bool] = lambda text: True,
 ) -> tuple[Judged, Judge | None]:
     """Everything about judging that can fail, before hours of drawing: files, key, cost. A judge that runs here is loaded later."""
     pictures = {drawing.path: folder / drawing.path for drawing in benchmark.drawings}
@@ -243,10 +260,8 @@ def prepare_judge(
         return task, None
     assert config.judge is not None
     judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
-    details = Details(scorer_folder(config))
-    lines = details.read()
-    answered = sum(lines.get(key, {}).get("read") is not None for key in task.keys)
-    waiting = len(task.keys) - answered
+    waiting = len(task.unanswered(Details(scorer_folder(config)).read()))
+    answered = len(task.keys) - waiting
     if config.max_requests is not None and waiting > config.max_requests:
         raise ValueError(
             f"{waiting:,} requests would be sent, more than the {config.max_requests:,} that max_requests allows."
@@ -310,31 +325,33 @@ def score(
             seeds = [row["seed"] for row in metadata]
             scores = report_verdicts([line["correct"] for line in ordered], metadata, seeds=seeds).to_dict()
     else:
-        scores = {}
-        if group.first:
-            assert judge_task is not None and config.judge is not None
-            task, served = judge_task
-            judge = served or TransformersJudge(
-                config.judge,
-                revision=config.judge_revision,
-                device=config.device if config.device is not None else rank_device(group),
-                **config.judge_options,
-            )
-            about = judge.about | {"wording": task.wording}
-            begin_scoring(target, about)
-            scores, counts = judge_pictures(task, judge, details, unreadable=config.unreadable)
-            lines = details.read()
-            about = about | {
-                "unreadable": config.unreadable,
-                "models_that_answered": sorted({line["model"] for line in lines.values() if line.get("model")}),
-                "tokens": {
-                    kind: sum(line.get("usage", {}).get(kind, 0) for line in lines.values())
-                    for kind in ("read", "written")
-                },
-            }
+        assert config.judge is not None
+        task, served = judge_task or prepare_judge(config, benchmark, folder)
+        judge = served or TransformersJudge(
+            config.judge,
+            revision=config.judge_revision,
+            device=config.device if config.device is not None else rank_device(group),
+            **config.judge_options,
+        )
+        about = judge.about | {"wording": task.wording}
+        begin_scoring(target, about)
+        if served is None:  # runs here, on every rank
+            ask_all(task, judge, details, rank=group.rank, num_ranks=group.count)
+        elif group.first:
+            ask_all(task, judge, details)
         group.wait()
         if not group.first:
             return None
+        scores, counts = add_up(task, details, config.unreadable)
+        lines = details.read()
+        about = about | {
+            "unreadable": config.unreadable,
+            "models_that_answered": sorted({line["model"] for line in lines.values() if line.get("model")}),
+            "tokens": {
+                kind: sum(line.get("usage", {}).get(kind, 0) for line in lines.values())
+                for kind in ("read", "written")
+            },
+        }
     notes = [read_note(file) for file in pictures.values()]
     counts = {
         "expected": len(benchmark.drawings),

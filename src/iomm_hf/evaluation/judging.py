@@ -1,11 +1,11 @@
 """Benchmarks that a judge scores: which questions it is asked about which pictures, and what its answers add up to.
 
-One small description a benchmark ([`Judged`]), and one loop for all of them ([`judge_pictures`]), which goes on where it was stopped:
+One small description a benchmark ([`Judged`]), and one loop for all of them ([`ask_all`]), which goes on where it was stopped:
 answered questions are kept, the others are asked again.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .wording import Message, fill_in, read_wording
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_PICTURE = 1_000  # a round figure between what servers count for 512 and for 1024 px
+STATUSES = ("answered", "unreadable", "refused", "cut off", "empty", "failed")
 DPG_ANSWER = "Answer with yes or no."  # added to each question: chat models explain themselves otherwise
 
 
@@ -50,6 +51,10 @@ class Judged:
     wording: dict[str, Any]
     characters: int
     pictures_each: int = 1
+
+    def unanswered(self, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Keys of the questions that have no readable answer among lines of details."""
+        return [key for key in self.keys if lines.get(key, {}).get("read") is None]
 
     def cost(self, answered: int = 0, max_tokens: int = 0, prices: tuple[float, float] | None = None) -> str:
         """
@@ -174,16 +179,36 @@ def about_wording(file: Path) -> dict[str, str]:
     return {"file": file.name, "sha256": sha256(file)}
 
 
-def judge_pictures(
-    task: Judged, judge: Judge, details: Details, *, unreadable: str = "error"
-) -> tuple[dict[str, Any], dict[str, int]]:
+def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_ranks: int = 1):
     """
-    Asks what has no readable answer yet, keeps every answer, and adds up.
+    Asks this rank's share of the questions that have no readable answer yet, and keeps every answer.
 
     Args:
         task ([`Judged`]): The questions.
         judge ([`Judge`]): Who answers.
         details ([`Details`]): Where answers are kept.
+        rank, num_ranks (`int`, *optional*, defaults to 0 and 1): Which share.
+
+    Raises:
+        ValueError: If the judge refuses to be asked at all.
+    """
+    waiting = task.unanswered(details.read())[rank::num_ranks]
+    answers = judge.ask(map(task.question, waiting))
+    for answer in tqdm(
+        answers, total=len(waiting), desc="Judging", unit="answer", disable=None if rank == 0 else True
+    ):
+        value = task.read(without_thoughts(answer.text)) if answer.status == "answered" else None
+        unreadable = answer.status == "answered" and value is None
+        details.add(answer.to_dict() | ({"status": "unreadable"} if unreadable else {}) | {"read": value})
+
+
+def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[dict[str, Any], dict[str, int]]:
+    """
+    Scores out of all answers.
+
+    Args:
+        task ([`Judged`]): The questions.
+        details ([`Details`]): The answers.
         unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": questions without a readable answer count as the
             lowest score. The result says how many.
 
@@ -192,40 +217,21 @@ def judge_pictures(
 
     Raises:
         Incomplete: If a question has no readable answer and `unreadable` is "error"; asking again is the same call again.
-        ValueError: If `unreadable` is something else, or the judge refuses to be asked.
     """
-    if unreadable not in ("error", "lowest"):
-        raise ValueError(f'unreadable must be "error" or "lowest", got {unreadable!r}.')
     lines = details.read()
-    waiting = [key for key in task.keys if lines.get(key, {}).get("read") is None]
-    for answer in tqdm(
-        judge.ask(questions_of(task, waiting)), total=len(waiting), desc="Judging", unit="answer", disable=None
-    ):
-        value = task.read(without_thoughts(answer.text)) if answer.status == "answered" else None
-        if value is None and answer.status == "answered":
-            answer_line = answer.to_dict() | {"status": "unreadable"}
-        else:
-            answer_line = answer.to_dict()
-        details.add(answer_line | {"read": value})
-    lines = details.read()
-    values = {key: lines[key]["read"] for key in task.keys if key in lines and lines[key]["read"] is not None}
-    counts = Counter(lines[key]["status"] if key in lines else "failed" for key in task.keys)
-    statuses = ("answered", "unreadable", "refused", "cut off", "empty", "failed")
-    summary = {"questions": len(task.keys)} | {status: counts[status] for status in statuses}
-    lacking = len(task.keys) - len(values)
+    lacking = task.unanswered(lines)
+    statuses = Counter(lines[key]["status"] if key in lines else "failed" for key in task.keys)
+    counts = {"questions": len(task.keys)} | {status: statuses[status] for status in STATUSES}
     if lacking and unreadable == "error":
-        told = ", ".join(f"{number} {status}" for status, number in counts.items() if status != "answered")
+        told = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "answered")
         raise Incomplete(
-            f"{lacking} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
+            f"{len(lacking)} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
             f" {details.folder}. The same command asks these again; --unreadable lowest counts them as the lowest score and says so."
         )
-    return task.summarize({key: values.get(key, task.lowest) for key in task.keys}), summary
+    missing = set(lacking)
+    return task.summarize({key: task.lowest if key in missing else lines[key]["read"] for key in task.keys}), counts
 
 
 def without_thoughts(text: str) -> str:
     """An answer without the thoughts that some models think aloud before it."""
     return text.rpartition("</think>")[2]
-
-
-def questions_of(task: Judged, keys: list[str]) -> Iterator[Question]:
-    return map(task.question, keys)

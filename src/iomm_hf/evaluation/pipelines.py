@@ -66,7 +66,10 @@ def load_pipeline(
         if not index.is_file():
             raise OSError(f"{folder} holds no {INDEX}; give a pipeline folder, such as final/ of a run, or a Hub id.")
     else:
-        index = Path(hf_hub_download(str(checkpoint), INDEX, revision=revision))
+        try:
+            index = Path(hf_hub_download(str(checkpoint), INDEX, revision=revision))
+        except OSError as error:  # the Hub's client does not always say which id it misses
+            raise OSError(f"{checkpoint}: {error}") from error
         commit = index.parent.name  # the Hub's cache names snapshots by their commit
     named = json.loads(index.read_text())["_class_name"]
     named = named if isinstance(named, str) else named[-1]
