@@ -78,7 +78,8 @@ def load_pipeline(
     if loader is DiffusionPipeline:
         options["use_safetensors"] = True
     if commit is not None:
-        folder = Path(loader.download(str(checkpoint), revision=commit))
+        safe = {"use_safetensors": True} if loader is DiffusionPipeline else {}
+        folder = Path(loader.download(str(checkpoint), revision=commit, **safe))
     pipeline = loader.from_pretrained(folder, **options)
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)

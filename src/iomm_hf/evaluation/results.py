@@ -119,15 +119,18 @@ class Details:
     def __init__(self, folder: Path, rank: int = 0):
         self.folder = folder
         self.file = folder / f"details-{rank}.jsonl"
+        self._begun = False
 
     def add(self, line: Mapping[str, Any]):
         """Appends one line; a line with a `key` that was there replaces it when they are read."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        if self.file.is_file() and self.file.read_bytes()[-1:] not in (b"", b"\n"):
-            text = "\n" + text  # a killed run left half a line
+        if not self._begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):
+                with self.file.open("a") as file:
+                    file.write("\n")  # after half a line, which a killed run left
+            self._begun = True
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def read(self) -> dict[str, dict[str, Any]]:
         """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again."""
