@@ -74,6 +74,8 @@ def generate(
     ['0000.png', '0001.png', '0002.png', '0003.png']
     ```
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     output = Path(output)
     edits = any(drawing.source for drawing in benchmark.drawings)
     arguments = call_arguments(pipeline, asked or {}, edits=edits)

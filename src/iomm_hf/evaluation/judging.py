@@ -192,7 +192,10 @@ def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_
     Raises:
         ValueError: If the judge refuses to be asked at all.
     """
-    waiting = task.unanswered(details.read())[rank::num_ranks]
+    missing = set(task.unanswered(details.read()))
+    waiting = [
+        key for key in task.keys[rank::num_ranks] if key in missing
+    ]  # shares of all: others may be writing already
     answers = judge.ask(map(task.question, waiting))
     for answer in tqdm(
         answers, total=len(waiting), desc="Judging", unit="answer", disable=None if rank == 0 else True
