@@ -80,7 +80,11 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
     assert set(generation["model"]["weights_sha256"]) == {"text_encoder", "transformer", "vae"}
     assert generation["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert result["picture_sizes"] == {"64x64": 24} and result["scorer"]["kind"] == "detector"
-    assert result["software"]["versions"]["torch"] and str(tmp_path) not in file.read_text()
+    assert (
+        result["software"]["versions"]["torch"]
+        and str(tmp_path) not in file.read_text()
+        and detectors[0] not in file.read_text()
+    )
     lines = Details(file.parent).read()
     assert len(lines) == 24 and all(
         {"prompt", "correct", "reason", "detections"} <= set(line) for line in lines.values()

@@ -49,7 +49,14 @@ def stable_diffusion(tmp_path_factory):
             up_block_types=("UpDecoderBlock2D",) * 2,
         )
         StableDiffusionPipeline(
-            vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(), None, None, requires_safety_checker=False
+            vae,
+            CLIPTextModel(text),
+            tokenizer,
+            unet,
+            DDIMScheduler(steps_offset=1, clip_sample=False),
+            None,
+            None,
+            requires_safety_checker=False,
         ).save_pretrained(folder)
     return folder
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from ..data.images import load_image
+from ..modeling_iomm import hash_weight_files
 from .geneval_rules import CLASSES, COLORS, Detection, counted_objects, judge
 
 
@@ -96,11 +97,13 @@ class GenEvalModels:
         self._classifiers: dict[str, torch.Tensor] = {}
         self.about = {
             "kind": "detector",
-            "detector": detector,
+            "detector": public_name(detector),
             "detector_revision": detector_commit,
+            "detector_sha256": hash_weight_files(detector_folder),
             "detector_processor": self.detector_processor.to_dict(),
-            "clip": clip,
+            "clip": public_name(clip),
             "clip_revision": clip_commit,
+            "clip_sha256": hash_weight_files(clip_folder),
             "differs_from_original": "Mask2Former and CLIP run through transformers, not mmdet and open_clip: other detector weights",
         }
 
@@ -222,6 +225,11 @@ def resolve_model(name: str, revision: str | None) -> tuple[Path, str | None]:
     except OSError as error:  # the Hub's client does not always say which id it misses
         raise OSError(f"{name}: {error}") from error
     return folder, folder.name  # the Hub's cache names snapshots by their commit
+
+
+def public_name(name: str) -> str:
+    """A model's name for others: a Hub id as it is, of a folder its end, since the rest of its path is this machine's."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
 
 
 def class_names(id2label: Mapping[int, str]) -> list[str]:

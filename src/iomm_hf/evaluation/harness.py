@@ -28,7 +28,7 @@ from ..shipped import shipped_model
 from . import geneval
 from .benchmarks import Benchmark, load_benchmark
 from .generation import PICTURES, SETTINGS, generate, read_note
-from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture
+from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
 from .pipelines import load_pipeline
@@ -274,11 +274,12 @@ def prepare_judge(
 def scorer_folder(config: EvaluationConfig) -> Path:
     """Where a scorer's files go: one folder for each judge or detector."""
     if config.benchmark == "geneval":
-        names = [config.detector, config.detector_revision]
+        names = [public_name(config.detector), config.detector_revision]
     elif config.benchmark == "shapes":
         names = ["rules"]
     else:
-        names = [config.judge, config.judge_revision]
+        assert config.judge is not None
+        names = [public_name(config.judge), config.judge_revision]
     return config.output / SCORES / folder_name(*filter(None, names))
 
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .geneval_models import load_picture, resolve_model
+from ..modeling_iomm import hash_weight_files
+from .geneval_models import load_picture, public_name, resolve_model
 from .wording import Message
 
 
@@ -234,11 +235,12 @@ class TransformersJudge:
             AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
         )
         self.max_tokens = max_tokens
-        self.name = model
+        self.name = public_name(model)
         self.about = {
             "kind": "transformers",
-            "judge": model,
+            "judge": public_name(model),
             "revision": commit,
+            "weights_sha256": hash_weight_files(folder),
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype),
             "decoding": "greedy",

@@ -19,6 +19,7 @@ from ..integrity import INDEX
 from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
 from .drawing import draw_batch
+from .geneval_models import public_name
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,8 +94,7 @@ def load_pipeline(
         part.name: hash_weight_files(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))
     }
     about = {
-        # A folder's name tells people which it was; the rest of its path is this machine's.
-        "name": "/".join(folder.resolve().parts[-2:]) if commit is None else str(checkpoint),
+        "name": public_name(str(checkpoint)),
         "revision": commit,
         "class": type(pipeline).__name__,
         "dtype": dtype,
