@@ -12,6 +12,11 @@ from typer.testing import CliRunner
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.cli import app
+from iomm_hf.evaluation.benchmarks import PROMPTS
+from iomm_hf.testing.judge_server import LocalJudge
+
+
+DPG_PROMPTS = PROMPTS / "dpg.jsonl"
 
 
 def run(*arguments: str, command: str = "estimate"):
@@ -145,7 +150,7 @@ def test_what_cannot_be_used_ends_with_two_and_says_why(tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "ask"])
+@pytest.mark.parametrize("command", ["generate", "edit", "ask", "evaluate"])
 def test_help_names_every_option_without_loading_torch(command):
     code = f"import sys; from iomm_hf.cli import app; sys.argv = ['iomm-hf', '{command}', '--help']\n"
     code += "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
@@ -153,4 +158,77 @@ def test_help_names_every_option_without_loading_torch(command):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )
     assert done.stdout.endswith("0 False\n"), done.stderr
-    assert all(option in done.stdout for option in ("--checkpoint", "--device", "--json"))
+    assert all(
+        option in done.stdout for option in ("--device", "--json", "--seed" if command != "ask" else "--checkpoint")
+    )
+
+
+def evaluate(output, *arguments: str):
+    options = ("--steps", "1", "--guidance-scale", "1", "--device", "cpu", "--output", str(output))
+    return run(*options, *arguments, command="evaluate")
+
+
+def test_evaluate_prints_a_table_and_writes_what_report_compares(tmp_path):
+    done = evaluate(tmp_path / "run", "--benchmark", "shapes", "--limit", "2")
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 files" in done.stdout and "(only 2 items)" in done.stdout
+    file = tmp_path / "run/scores/rules/result.json"
+    again = evaluate(tmp_path / "run", "--benchmark", "shapes", "--limit", "2", "--step", "score", "--json")
+    assert json.loads(again.stdout) == json.loads(file.read_text())
+    both = run(
+        str(file), str(file), "--output", str(tmp_path / "report"), "--name", "a", "--name", "b", command="report"
+    )
+    assert both.exit_code == 0 and "a (only 2 items) | b (only 2 items)" in both.stdout
+    assert (tmp_path / "report/report.md").is_file()
+    next((tmp_path / "run/pictures").iterdir()).unlink()
+    missing = evaluate(tmp_path / "run", "--benchmark", "shapes", "--limit", "2", "--step", "score")
+    assert (
+        missing.exit_code == 1 and "1 of 2 pictures of shapes are missing" in missing.stderr and missing.stdout == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "gen-eval"], "There is no benchmark 'gen-eval'; choose one of geneval, dpg"),
+        (["--benchmark", "wise"], "name one with --judge MODEL"),
+        (["--benchmark", "geneval", "--step", "draw"], "step must be generate, score or both, got 'draw'"),
+        (["--benchmark", "shapes", "--argument", "true_cfg_scale=4"], "IOMMPipeline has no argument true_cfg_scale"),
+        (["--benchmark", "shapes", "--argument", "scale"], "--argument takes NAME=VALUE, got 'scale'"),
+        (["--benchmark", "shapes", "--limit", "0"], "limit must be from 1 to the 1200 items"),
+        (["--benchmark", "shapes", "--price-in", "1"], "go together"),
+        (
+            ["--benchmark", "wise", "--judge", "m", "--judge-option", "speed=9"],
+            "TransformersJudge has no option speed",
+        ),
+        (["nobody/nothing", "--benchmark", "shapes", "--limit", "1"], "nobody/nothing"),
+        (["--benchmark", "shapes", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be_used(tmp_path, arguments, message):
+    done = evaluate(tmp_path / "run", *arguments)
+    assert done.exit_code == 2 and message in done.stderr and done.stdout == "", done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_is_not_asked_unasked(tmp_path, monkeypatch):
+    """Nobody sits at the terminal of a test: what asking costs is told, and nothing is sent without --yes."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "dpg_bench").mkdir()
+    rows = [f"{json.loads(line)['item_id']},1,0,Is it?" for line in DPG_PROMPTS.read_text().splitlines()]
+    header = "item_id,proposition_id,dependency,question_natural_language\n"
+    (tmp_path / "dpg_bench/dpg_bench.csv").write_text(header + "\n".join(rows))
+    with LocalJudge(lambda request: "yes") as server:
+        judge = ("--judge", "local-judge-1", "--judge-url", server.address, "--price-in", "1", "--price-out", "2")
+        arguments = ("--benchmark", "dpg", "--limit", "1", "--data", str(tmp_path), *judge)
+        refused = evaluate(tmp_path / "run", *arguments)
+        assert (
+            refused.exit_code == 2
+            and "give --yes" in refused.stderr
+            and "4 requests with 4 pictures" in refused.stderr
+        )
+        assert "about 0.00 and at most 0.02" in refused.stderr
+        assert server.requests == [] and not (tmp_path / "run").exists()
+        done = evaluate(tmp_path / "run", *arguments, "--yes", "--json")
+        assert done.exit_code == 0, done.output
+        assert len(server.requests) == 4 and json.loads(done.stdout)["scores"]["overall"]["value"] == 100.0

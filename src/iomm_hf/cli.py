@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -99,6 +100,150 @@ def estimate(
     typer.echo("Counted, not measured; what one H200 took beside its estimate is in benchmarks/README.md.")
 
 
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of any diffusers pipeline. Default: the tiny model.")
+    ] = None,
+    benchmark: Annotated[
+        str, typer.Option(help="geneval, dpg, wise (legacy), wise-verified, imgedit or shapes.")
+    ] = "shapes",
+    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: outputs/evaluate/BENCHMARK.")] = None,
+    step: Annotated[str, typer.Option(help="generate, score or both.")] = "both",
+    pictures: Annotated[
+        Path | None, typer.Option(help="Score this folder, in the benchmark's official layout; draw nothing.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint on the Hub.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps from noise to image. Default: the pipeline's own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height, px. Default: the pipeline's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width, px. Default: the pipeline's own.")] = None,
+    argument: Annotated[
+        list[str], typer.Option(help="NAME=VALUE of another argument of the pipeline's call; may be repeated.")
+    ] = [],  # noqa: B006  (typer copies it)
+    seed: Annotated[int, typer.Option(help="Of the run; each picture has its own, made of it.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the accelerator, if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the pipeline: float32, bfloat16 or float16.")] = "float32",
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="Whether weights are averaged. Default: as its run says.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many items, to try it out; the result is marked.")] = None,
+    rewritten: Annotated[
+        Path | None, typer.Option(help="JSON lines of item and prompt that replace the prompts; the result says so.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the authors' files, in place of fetching.")] = None,
+    detector: Annotated[str | None, typer.Option(help="GenEval's Mask2Former. Default: see the README.")] = None,
+    detector_revision: Annotated[str | None, typer.Option(help="Its commit on the Hub.")] = None,
+    clip: Annotated[str | None, typer.Option(help="GenEval's CLIP. Default: see the README.")] = None,
+    clip_revision: Annotated[str | None, typer.Option(help="Its commit on the Hub.")] = None,
+    judge: Annotated[str | None, typer.Option(help="The judge's model; dpg, wise and imgedit need one.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="Its OpenAI-compatible address. Without: a transformers model that runs here.")
+    ] = None,
+    judge_revision: Annotated[str | None, typer.Option(help="Commit of a judge that runs here.")] = None,
+    judge_option: Annotated[
+        list[str], typer.Option(help="NAME=VALUE: workers, max_retries, requests_per_minute, max_tokens, ...")
+    ] = [],  # noqa: B006
+    wording: Annotated[
+        Path | None, typer.Option(help="What the judge is asked, in place of the authors' words.")
+    ] = None,
+    unreadable: Annotated[str, typer.Option(help="Answers that do not parse: error, or lowest score.")] = "error",
+    max_requests: Annotated[int | None, typer.Option(help="Refuse to send more requests than these.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="Of a million tokens read, to say what it costs.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Of a million tokens written.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a served judge is asked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+):
+    """Score a pipeline on a benchmark. Ends with 1 and no number where pictures or answers are missing, with 2 for bad input."""
+    with refusals():
+        from .evaluation.harness import EvaluationConfig
+        from .evaluation.harness import evaluate as run
+        from .evaluation.report import write_report
+        from .evaluation.results import Incomplete
+
+        models = {"detector": detector, "clip": clip}
+        sampling = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+        prices = (price_in, price_out)
+        if (price_in is None) != (price_out is None):
+            raise ValueError("--price-in and --price-out go together.")
+        config = EvaluationConfig(
+            benchmark=benchmark,
+            output=output or Path("outputs/evaluate", benchmark),
+            checkpoint=checkpoint,
+            revision=revision,
+            pictures=pictures,
+            step=step,
+            arguments={**sampling, **named_values("--argument", argument)},
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            ema=ema,
+            limit=limit,
+            rewritten=rewritten,
+            data=data,
+            detector_revision=detector_revision,
+            clip_revision=clip_revision,
+            judge=judge,
+            judge_url=judge_url,
+            judge_revision=judge_revision,
+            judge_options=named_values("--judge-option", judge_option),
+            wording=wording,
+            unreadable=unreadable,
+            max_requests=max_requests,
+            prices=None if price_in is None else prices,  # type: ignore[arg-type]
+            **{name: value for name, value in models.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+        def confirm(cost: str) -> bool:
+            typer.echo(cost, err=True)
+            if not yes and not sys.stdin.isatty():
+                raise ValueError("Nobody is there to say yes to that; give --yes.")
+            return yes or typer.confirm("Go on?", err=True)
+
+        try:
+            done = run(config, confirm)
+        except Incomplete as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from None
+        if done is None:
+            return
+        result, file = done
+        report = write_report([file], file.parent)
+    typer.echo(json.dumps(result, indent=2) if as_json else report)
+    if not as_json:
+        typer.echo(f"Wrote {file} and a report beside it")
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="result.json files of `iomm-hf evaluate`.")],
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("outputs/report"),
+    name: Annotated[list[str], typer.Option(help="What to call each result, in order; may be repeated.")] = [],  # noqa: B006
+):
+    """Compare results with each other and with the paper's rows: a table, plots, and sheets of failures."""
+    with refusals():
+        from .evaluation.report import write_report
+
+        typer.echo(write_report(results, output, name or None))
+    typer.echo(f"Wrote {output / 'report.md'} and its pictures")
+
+
+def named_values(option: str, texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it can be, and text otherwise."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{option} takes NAME=VALUE, got {text!r}.")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
+
+
 CheckpointOption = Annotated[
     str | None, typer.Option(help="Pipeline folder or Hub id. Default: the tiny model that comes with the package.")
 ]
@@ -192,7 +337,7 @@ def refusals():
     logging.disable(logging.WARNING)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an extra that is not installed, by name
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     finally:
@@ -345,7 +490,9 @@ def publish(
     prompt: Annotated[list[str], typer.Option(help="What the card's pictures show; may be repeated.")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Sampling steps of these pictures.")] = 30,
     run: Annotated[Path | None, typer.Option(help="Folder of the training run, for the card.")] = None,
-    score: Annotated[Path | None, typer.Option(help="score.json of this checkpoint, for the card.")] = None,
+    score: Annotated[
+        list[Path], typer.Option(help="result.json or score.json of this checkpoint, for the card; may be repeated.")
+    ] = [],  # noqa: B006
     benchmark: Annotated[
         str | None, typer.Option(help="Data set on the Hub whose leaderboard the score belongs to.")
     ] = None,

@@ -25,14 +25,12 @@ from iomm_hf.data.shapes import (
     render,
     scene_for,
 )
+from iomm_hf.evaluation.geneval_rules import Detection, judge, relative_position
 from iomm_hf.evaluation.shapes import (
-    Detection,
     benchmark_plan,
     benchmark_prompts,
     find_objects,
-    judge,
     mean_of_shares,
-    relative_position,
     render_truth,
     score_image,
     score_pictures,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -90,10 +91,24 @@ def draw_batches(
     for start in tqdm(range(0, len(seeds), batch_size), desc="Drawing", unit="batch", leave=False):
         part = slice(start, start + batch_size)
         chosen: dict[str, Any] = {name: values[part] for name, values in inputs.items()}
-        images += pipeline(  # type: ignore[union-attr]  # return_dict is on
-            **chosen,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-        ).images
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        images += draw_batch(pipeline, seeds[part], **chosen, **settings).images
     return images
+
+
+def draw_batch(pipeline: DiffusionPipeline, seeds: Sequence[int], **arguments: Any) -> Any:
+    r"""
+    One call of any diffusers pipeline with a generator for each picture, on the CPU: the same noise on every device.
+
+    Returns:
+        What the pipeline returns, with `images` in the order of the seeds.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.tiny import tiny_pipeline
+    >>> len(draw_batch(tiny_pipeline(), [0, 1], prompt=["a star", "a ring"], num_inference_steps=1).images)
+    2
+    ```
+    """
+    return pipeline(generator=[torch.Generator().manual_seed(seed) for seed in seeds], **arguments)

@@ -18,7 +18,8 @@ from ..data.shapes import COLORS, HELD_OUT_COLOR_PAIRS, Scene, list_metadata, ma
 from ..data.shapes_chat import EDITS
 from ..pipeline_iomm import IOMMPipeline
 from .drawing import draw_batches
-from .shapes import Detection, Mean, Share, find_objects, mean_of_shares, wilson_share
+from .geneval_rules import Detection
+from .shapes import Mean, Share, find_objects, mean_of_shares, wilson_share
 
 
 RECOLOR, REMOVE = EDITS[0], EDITS[2]

@@ -88,6 +88,57 @@ def plot_logs(files: Sequence[str | Path], path: str | Path):
     save(figure, path)
 
 
+def draw_bars(rows: Mapping[str, Mapping[str, float | None]], path: str | Path, highest: float = 1.0):
+    """
+    Writes a group of bars for each part of a score, one bar a row; rows named "... (paper)" are hatched.
+
+    Args:
+        rows (`dict[str, dict[str, float]]`): Scores by part, by the name of their row; what is missing has no bar.
+        path (`str` or `Path`): The PNG to write.
+        highest (`float`, *optional*, defaults to 1.0): The best score there is.
+    """
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    figure, axis = plt.subplots(figsize=(max(6, 1.1 * len(parts) + 2), 4))
+    width = 0.85 / len(rows)
+    for number, (name, row) in enumerate(rows.items()):
+        known = [(i, value) for i, part in enumerate(parts) if (value := row.get(part)) is not None]
+        places = [i + (number - (len(rows) - 1) / 2) * width for i, _ in known]
+        hatch = "//" if name.endswith("(paper)") else None
+        axis.bar(places, [value for _, value in known], width, label=name, hatch=hatch, alpha=0.5 if hatch else 1.0)
+    axis.set(xticks=range(len(parts)), ylim=(0, highest), ylabel="score")
+    axis.set_xticklabels(parts, fontsize=8)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.grid(axis="y", alpha=0.3)
+    save(figure, path)
+
+
+def draw_radar(parts: Sequence[str], rows: Mapping[str, Sequence[float]], path: str | Path, highest: float = 1.0):
+    """
+    Writes a radar of parts of a score, one line a row; rows named "... (paper)" are dashed.
+
+    Args:
+        parts (`list[str]`): Names of the axes.
+        rows (`dict[str, list[float]]`): A score for each axis, by the name of its row.
+        path (`str` or `Path`): The PNG to write.
+        highest (`float`, *optional*, defaults to 1.0): The best score there is.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.5), subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * number / len(parts) for number in range(len(parts))]
+    for name, values in rows.items():
+        dashed = name.endswith("(paper)")
+        axis.plot(
+            [*angles, angles[0]],
+            [*values, values[0]],
+            label=name,
+            linestyle="--" if dashed else "-",
+            alpha=0.5 if dashed else 1.0,
+        )
+    axis.set(xticks=angles, ylim=(0, highest))
+    axis.set_xticklabels(parts, fontsize=8)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.1, 1))
+    save(figure, path)
+
+
 def read_log(file: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 

@@ -1,8 +1,8 @@
 """The exact score of the shapes world: GenEval's six tasks judged by rule, with no detector to download or to trust.
 
 `find_objects` turns a picture into detections: subtract a fitted background, name colours in an opponent space, take
-connected components, and compare each with templates of its own area. `judge` applies GenEval's rules to detections,
-whoever made them. `score_pictures` sums up, with counts, intervals, and seen and held-out prompts apart.
+connected components, and compare each with templates of its own area. GenEval's rules (`geneval_rules.judge`) judge them.
+`score_pictures` sums up, with counts, intervals, and seen and held-out prompts apart.
 
 The rules read clean rendering and the blur, noise and drift of an autoencoder alike; the tests hold both directions,
 right on scenes that show their caption and wrong on scenes that do not.
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.shapes import COLORS, SHAPES, TASKS, Metadata, coverage, is_held_out, list_metadata, render, scene_for
+from .geneval_rules import Detection, judge
 
 
 try:
@@ -44,117 +45,11 @@ MIN_OVERLAP = 0.82
 TEMPLATE_BLURS = (0.0, 0.7, 1.4)  # pixels; blur fills notches and holes, so blurred shapes need blurred templates
 
 
-POSITION_THRESHOLD = 0.1  # GenEval's: the share of both boxes' sides by which an offset is reduced
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object found: class, box (left, top, right, bottom) in pixels, confidence, and colour if it was judged."""
-
-    label: str
-    box: tuple[float, float, float, float]
-    score: float
-    color: str | None = None
-
-
 @dataclass(frozen=True)
 class Verdict:
     correct: bool
     reason: str  # empty when correct
     found: list[Detection]
-
-
-# Rules
-
-
-def relative_position(subject: Detection, reference: Detection) -> set[str]:
-    """
-    GenEval's relations of a subject to a reference: the offset between box centres, reduced by a tenth of both boxes'
-    sides, must reach half of the full offset's length along an axis.
-
-    Returns:
-        `set[str]`: Out of "left of", "right of", "above", "below"; empty where the boxes are too close to tell.
-
-    Example:
-
-    ```python
-    >>> relative_position(Detection("star", (0, 0, 10, 10), 1.0), Detection("ring", (30, 0, 40, 10), 1.0))
-    {'left of'}
-    ```
-    """
-    a, b = np.reshape(subject.box, (2, 2)), np.reshape(reference.box, (2, 2))
-    offset = a.mean(axis=0) - b.mean(axis=0)
-    sides = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    reduced = np.maximum(np.abs(offset) - POSITION_THRESHOLD * sides, 0.0) * np.sign(offset)
-    if not np.any(np.abs(reduced) >= 1e-3):
-        return set()
-    x, y = reduced / np.linalg.norm(offset)
-    tests = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, true in tests.items() if true}
-
-
-def judge(detections: Iterable[Detection], metadata: Metadata) -> tuple[bool, str]:
-    """
-    GenEval's verdict on detections, from any detector.
-
-    Every `include` entry must hold: at least `count` objects of the class; the `count` most confident ones of the
-    colour asked for, and in the position asked for relative to those of the entry pointed at. No `exclude` entry may
-    reach its count. Objects of classes that the metadata do not name are allowed, as GenEval allows them.
-
-    Args:
-        detections (`Iterable[Detection]`): What was found, in any order.
-        metadata (`dict`): `include` and, optionally, `exclude`, in GenEval's form.
-
-    Returns:
-        `tuple[bool, str]`: Whether the picture is right, and what is wrong with it (empty when right).
-
-    Raises:
-        ValueError: If a colour is asked for of a detection without one.
-
-    Example:
-
-    ```python
-    >>> judge([Detection("star", (0, 0, 9, 9), 0.9, "red")], {"include": [{"class": "star", "count": 2}]})
-    (False, 'expected star>=2, found 1')
-    ```
-    """
-    by_class: dict[str, list[Detection]] = defaultdict(list)
-    for detection in sorted(detections, key=lambda detection: -detection.score):
-        by_class[detection.label].append(detection)
-
-    reasons: list[str] = []
-    matched: list[list[Detection] | None] = []  # for each `include` entry its objects, `None` where it failed
-    for wanted in metadata["include"]:
-        name, count = wanted["class"], wanted["count"]
-        found = by_class[name][:count]
-        problem = ""
-        if len(found) < count:
-            problem = f"expected {name}>={count}, found {len(found)}"
-        elif "color" in wanted:
-            if any(item.color is None for item in found):
-                raise ValueError(f"The metadata ask for a {wanted['color']} {name}, but a detection has no colour.")
-            wrong = [item.color for item in found if item.color != wanted["color"]]
-            if wrong:
-                problem = f"expected {wanted['color']} {name}>={count}, found {', '.join(map(str, wrong))}"
-        if not problem and "position" in wanted:
-            relation, index = wanted["position"]
-            references = matched[index]
-            if references is None:
-                problem = f"no target for {name} to be {relation}"
-            else:
-                relations = [relative_position(item, reference) for item in found for reference in references]
-                wrong_relation = next((true for true in relations if relation not in true), None)
-                if wrong_relation is not None:
-                    actual = " and ".join(sorted(wrong_relation)) or "too close to"
-                    problem = f"expected {name} {relation} target, found {actual} target"
-        if problem:
-            reasons.append(problem)
-        matched.append(None if problem else found)
-    for unwanted in metadata.get("exclude", []):
-        number = len(by_class[unwanted["class"]])
-        if number >= unwanted["count"]:
-            reasons.append(f"expected {unwanted['class']}<{unwanted['count']}, found {number}")
-    return not reasons, "; ".join(reasons)
 
 
 # Objects
@@ -571,9 +466,33 @@ def score_pictures(
     0.0
     ```
     """
+    correct = [score_image(picture, wanted).correct for picture, wanted in zip(pictures, metadata, strict=True)]
+    return report_verdicts(correct, metadata, seeds=seeds)
+
+
+def report_verdicts(
+    correct: Sequence[bool], metadata: Sequence[Metadata], *, seeds: Sequence[int] = ()
+) -> ShapesReport:
+    """
+    The report on pictures that were judged before.
+
+    Args:
+        correct (`Sequence[bool]`): Whether each picture shows its prompt.
+        metadata, seeds: See [`score_pictures`].
+
+    Raises:
+        ValueError: See [`score_pictures`].
+
+    Example:
+
+    ```python
+    >>> report_verdicts([True, False], list_metadata("single_object")[:2]).tasks["single_object"].accuracy
+    0.5
+    ```
+    """
     verdicts: dict[tuple[str, bool], list[bool]] = defaultdict(list)
-    for picture, wanted in zip(pictures, metadata, strict=True):
-        verdicts[wanted["tag"], is_held_out(wanted)].append(score_image(picture, wanted).correct)
+    for right, wanted in zip(correct, metadata, strict=True):
+        verdicts[wanted["tag"], is_held_out(wanted)].append(right)
     if not verdicts:
         raise ValueError("There are no pictures to score.")
 

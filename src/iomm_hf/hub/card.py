@@ -15,6 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .. import __version__
+from ..evaluation.results import SCHEMA, values_of
+from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
 
 
@@ -24,6 +26,16 @@ LIMITS = (
     "It draws what its training pictures taught it and inherits their biases and those of the frozen parts. Nothing filters prompts or"
     " pictures. Objects may be left out or miscounted, and colours or places exchanged between them."
 )
+
+# Of each benchmark's scores: the Hub's type and name of the data set, of the metric, and what it is.
+BENCHMARKS = {
+    "geneval": ("geneval", "GenEval", "accuracy", "pictures that show their prompt"),
+    "dpg": ("dpg-bench", "DPG-Bench", "dpg", "questions that hold, per cent"),
+    "wise": ("wise", "WISE (legacy)", "wiscore", "WiScore"),
+    "wise-verified": ("wise-verified", "WISE_Verified", "wiscore", "binary WiScore"),
+    "imgedit": ("imgedit-bench", "ImgEdit-Bench (basic)", "score", "mean of three scores of 1 to 5"),
+    "shapes": ("iomm-hf-shapes-world", "iomm-hf's shapes world", "accuracy", "pictures that show their prompt"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,20 +101,24 @@ def write_card(
     base_models: Sequence[str] = (),
     revision: str | None = None,
     run: Path | None = None,
-    score: Path | None = None,
+    scores: Sequence[Path] = (),
     benchmark: str | None = None,
     data: str | None = None,
     cost: str | None = None,
     limits: str | None = None,
 ):
-    """Writes `README.md` into an exported folder, with `benchmark` also the scores as `.eval_results/shapes.yaml`."""
+    """Writes `README.md` into an exported folder, with `benchmark` also the scores as `.eval_results/<name>.yaml`."""
     settings, seen = read_run(run) if run is not None else ({}, {})
     sources, datasets = describe_sources(settings)
-    results, table = read_score(score, repo_id) if score is not None else ([], None)
+    read = [read_score(score, folder) for score in scores]
+    results = [result for own, _ in read for result in own]
+    tables = [table for _, table in read]
     if benchmark is not None:
-        if table is None:
-            raise ValueError(f"benchmark={benchmark!r} names where scores belong, but no score was given.")
-        write_eval_results(folder, results, benchmark, table["about"])
+        if len(read) != 1:
+            raise ValueError(
+                f"benchmark={benchmark!r} names where a score belongs, but {len(read)} scores were given."
+            )
+        write_eval_results(folder, results, benchmark, tables[0]["about"], tables[0]["name"])
     encoder = pipeline.text_encoder
     adapter = [part for part in (encoder.adapter, encoder.connector) if part is not None]
     parts = [
@@ -139,7 +155,7 @@ def write_card(
         data=" ".join(filter(None, [data, sources])) or "Not given.",
         training={**describe_settings(settings), **seen},
         cost=cost or seen.get("time") or "Not given.",
-        evaluation=table,
+        evaluations=tables,
         limits=" ".join(filter(None, [limits, LIMITS])),
     )
     card.save(folder / "README.md")
@@ -224,14 +240,22 @@ def describe_sources(settings: dict[str, Any]) -> tuple[str, list[str]]:
     return " ".join(sentences), list(dict.fromkeys(datasets))
 
 
-def read_score(score: Path, repo_id: str) -> tuple[list[EvalResult], dict[str, Any]]:
+def read_score(score: Path, folder: Path) -> tuple[list[EvalResult], dict[str, Any]]:
     r"""
-    Scores of the shapes benchmark, as `recipes/score_shapes.py` writes them, for the card's metadata and its table.
+    Scores for the card's metadata and its table, from a `result.json` of `iomm-hf evaluate` or from the `score.json` of
+    `recipes/score_shapes.py`.
+
+    Args:
+        score (`Path`): The file.
+        folder (`Path`): The published folder, whose generator a result must be of.
 
     Raises:
-        `OSError`: the file is of another shape.
+        `OSError`: the file is of another shape, or tells of a part of a benchmark only.
+        `ValueError`: the result is another generator's.
     """
     scores = json.loads(score.read_text())
+    if scores.get("schema") == SCHEMA:
+        return read_result(score, scores, folder)
     reports = {name: value for name, value in scores.items() if isinstance(value, dict) and "overall" in value}
     if "model" not in reports:
         raise OSError(f"{score} holds no scores of `model`; give the score.json that recipes/score_shapes.py writes.")
@@ -264,10 +288,57 @@ def read_score(score: Path, repo_id: str) -> tuple[list[EvalResult], dict[str, A
             cell = report["tasks"][task]
             row.append(f"{cell['accuracy']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
         rows.append(row)
-    return results, {"about": about, "columns": ["overall", *tasks], "rows": rows}
+    return results, {"name": "shapes", "about": about, "columns": ["overall", *tasks], "rows": rows}
 
 
-def write_eval_results(folder: Path, results: Sequence[EvalResult], benchmark: str, notes: str):
+def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[EvalResult], dict[str, Any]]:
+    """A result of `iomm-hf evaluate`, checked to be of this folder's generator and of a whole benchmark; see [`read_score`]."""
+    benchmark, generation, counts, scorer = (result[name] for name in ("benchmark", "generation", "counts", "scorer"))
+    name = benchmark["name"]
+    if benchmark["subset"] is not None or result["scores"]["overall"] is None:
+        raise OSError(f"{file} tells of {benchmark['items']} items of {name} only; a card takes whole benchmarks.")
+    if generation is None:
+        raise OSError(f"{file} does not know which model drew its pictures; a card takes results of this checkpoint.")
+    scored, published = (
+        generation["model"]["weights_sha256"].get("transformer"),
+        hash_weight_files(folder / "transformer"),
+    )
+    if scored != published:
+        raise ValueError(f"{file} is of a generator whose weights hash to {scored}, this checkpoint's to {published}.")
+    dataset_type, dataset_name, metric_type, metric_name = BENCHMARKS[name]
+    values = values_of(name, result["scores"])
+    results = [
+        EvalResult(
+            task_type="image-to-image" if name == "imgedit" else "text-to-image",
+            dataset_type=dataset_type,
+            dataset_name=dataset_name,
+            dataset_config=part,
+            dataset_revision=benchmark["version"],
+            metric_type=metric_type,
+            metric_name=metric_name,
+            metric_value=round(value, 4),
+        )
+        for part, value in values.items()
+        if value is not None
+    ]
+    arguments = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in generation["arguments"].items())
+    who = scorer.get("judge") or scorer.get("detector") or scorer["rules"]
+    commit = scorer.get("revision") or scorer.get("detector_revision")
+    rewriting = benchmark["rewriting"]
+    about = (
+        f"{dataset_name}: {counts['found']:,} of {counts['expected']:,} files, {arguments}, {', '.join(result['picture_sizes'])} px, seed"
+        f" {generation['seed']}, prompts {'as published' if rewriting is None else 'rewritten by ' + rewriting['file']}, looked at by `{who}`"
+        + (f" at `{commit}`" if commit else "")
+        + {True: ", averaged weights", False: ", weights not averaged", None: ""}[generation["model"]["ema"]]
+        + f". Benchmark version `{benchmark['version']}`, prompts sha256 `{benchmark['prompts_sha256'][:16]}`, iomm-hf"
+        f" {result['software']['versions']['iomm-hf']}."
+    )
+    columns = [part for part, value in values.items() if value is not None]
+    row = [generation["model"]["name"], *(f"{values[part]:.3f}" for part in columns)]
+    return results, {"name": name, "about": about, "columns": columns, "rows": [row]}
+
+
+def write_eval_results(folder: Path, results: Sequence[EvalResult], benchmark: str, notes: str, name: str):
     """Writes the scores as the Hub's leaderboards read them: only for a benchmark that is a data set there."""
     entries = [
         EvalResultEntry(
@@ -275,6 +346,6 @@ def write_eval_results(folder: Path, results: Sequence[EvalResult], benchmark: s
         )
         for result in results
     ]
-    file = folder / ".eval_results" / "shapes.yaml"
+    file = folder / ".eval_results" / f"{name}.yaml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))

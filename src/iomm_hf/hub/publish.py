@@ -25,7 +25,7 @@ from safetensors import safe_open
 from ..integrity import CHECKSUMS, PICKLES, write_checksums
 from ..modeling_iomm import IOMMConditionEncoder, resolve_frozen
 from ..pipeline_iomm import PARTS, PIPELINE_FILES, IOMMPipeline
-from .card import Reference, Sample, check_licences, write_card
+from .card import BENCHMARKS, Reference, Sample, check_licences, write_card
 
 
 # Modules that a published checkpoint carries. The pipeline may import the others, these import none of ours: diffusers
@@ -67,7 +67,7 @@ def publish(
     prompts: Sequence[str] = PROMPTS,
     num_inference_steps: int = 30,
     run: str | Path | None = None,
-    score: str | Path | None = None,
+    score: str | Path | Sequence[str | Path] | None = None,
     benchmark: str | None = None,
     data: str | None = None,
     cost: str | None = None,
@@ -94,7 +94,8 @@ def publish(
         prompts (`list[str]`, *optional*): What the card's pictures show; each is drawn with its number as seed.
         num_inference_steps (`int`, *optional*, defaults to 30): Steps of these pictures.
         run (`str` or `Path`, *optional*): The run's `output_dir`, whose settings and log go into the card.
-        score (`str` or `Path`, *optional*): A `score.json` of this checkpoint, from `recipes/score_shapes.py`.
+        score (`str`, `Path` or a list, *optional*): Results of this checkpoint: `result.json` of `iomm-hf evaluate`, or the
+            `score.json` of `recipes/score_shapes.py`.
         benchmark (`str`, *optional*): Id of the data set on the Hub whose leaderboard the score belongs to.
         data, cost, limits (`str`, *optional*): What the card says of them beside what the run's files tell.
 
@@ -154,7 +155,7 @@ def publish(
         base_models=base_models(pipeline),
         revision=revision,
         run=None if run is None else Path(run),
-        score=None if score is None else Path(score),
+        scores=[Path(file) for file in ([score] if isinstance(score, str | Path) else score or [])],
         benchmark=benchmark,
         data=data,
         cost=cost,
@@ -184,7 +185,8 @@ def publish(
         revision=revision,
         commit_message="Publish with iomm-hf",
         # What an earlier checkpoint left, and nothing that its owner added
-        delete_patterns=[f"{part}/*" for part in (*PARTS, "samples")] + [".eval_results/shapes.yaml"],
+        delete_patterns=[f"{part}/*" for part in (*PARTS, "samples")]
+        + [f".eval_results/{name}.yaml" for name in BENCHMARKS],
     )
 
     # 3. What others will load

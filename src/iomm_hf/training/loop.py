@@ -41,6 +41,7 @@ from ..evaluation.drawing import draw_plan
 from ..evaluation.shapes import benchmark_plan, score_pictures
 from ..pipeline_iomm import IOMMPipeline
 from ..presets import get_preset
+from ..software import software
 from .checkpoints import (
     TEMPORARY,
     checkpoint_name,
@@ -61,7 +62,7 @@ from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
 from .optimizers import build_optimizers
-from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references, software
+from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references
 from .sharding import build_once, gathered, place
 
 

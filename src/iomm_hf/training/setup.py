@@ -1,12 +1,8 @@
 """From a run's settings to the pipeline that it trains: fresh generator and adapter around frozen parts."""
 
 import hashlib
-import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import torch
@@ -212,16 +208,6 @@ def build_alignment(
         tokens_per_side=resolution // pipeline.size_multiple,
         vision_tokens_per_side=vision_tokens_per_side(pipeline.processor.image_seq_length),
     )
-
-
-def software() -> dict[str, Any]:
-    """What runs: versions, and the commit of the folder that the run is started in, if it is a git repository."""
-    names = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "datasets")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True) if which("git") else None
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "commit": commit.stdout.strip() if commit is not None and commit.returncode == 0 else None,
-    }
 
 
 def frozen_references(pipeline: IOMMPipeline) -> dict[str, str | None]:

@@ -1,0 +1,430 @@
+"""From a checkpoint and a benchmark's name to a result: draw, then score, with a folder between the two.
+
+```
+OUTPUT/generation.json         how the pictures are drawn
+OUTPUT/pictures/...            the official layout: the authors' scorers read it
+OUTPUT/scores/SCORER/          scorer.json, details-*.jsonl (what was seen), result.json, report
+```
+
+Under `accelerate launch` ranks share out drawing, detection and judging by a model that runs here; the first one asks served judges and
+adds up. The same command goes on after
+an interruption, and where a result is there already it only shows it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..shipped import shipped_model
+from . import geneval
+from .benchmarks import Benchmark, load_benchmark
+from .generation import PICTURES, SETTINGS, generate, read_note
+from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name
+from .judges import EndpointJudge, Judge, TransformersJudge
+from .judging import Judged, add_up, ask_all, judged
+from .pipelines import load_pipeline
+from .results import (
+    RESULT,
+    Details,
+    as_json,
+    build_result,
+    find_pictures,
+    folder_name,
+    read_result,
+    write_settings,
+    write_whole,
+)
+from .shapes import report_verdicts, score_image
+
+
+SCORES = "scores"
+SCORER = "scorer.json"
+LOCAL = "local.json"  # where the pictures are on this machine; stays on it
+JUDGED = ("dpg", "wise", "wise-verified", "imgedit")
+
+
+@dataclass
+class EvaluationConfig:
+    """
+    What to evaluate, and how.
+
+    Args:
+        benchmark (`str`): geneval, dpg, wise, wise-verified, imgedit or shapes.
+        output (`Path`): The run's folder.
+        checkpoint (`str`, *optional*): Folder or Hub id of any diffusers pipeline. Defaults to the shipped model.
+        revision (`str`, *optional*): Of a Hub id.
+        pictures (`Path`, *optional*): A folder in the official layout to score, in place of drawing.
+        step (`str`, *optional*, defaults to `"both"`): "generate", "score" or "both".
+        arguments (`dict`, *optional*): For the pipeline; what is not named keeps the pipeline's own default.
+        seed (`int`, *optional*, defaults to 0): Every picture's seed is made of it and of the picture's number.
+        batch_size (`int`, *optional*, defaults to 8): Pictures drawn at a time.
+        device (`str`, *optional*): Of pipeline, detectors and a judge that runs here.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of the pipeline.
+        ema (`bool`, *optional*): Whether the weights are averaged ones, where the checkpoint's folder does not say.
+        limit (`int`, *optional*): Only so many items. The result is marked.
+        rewritten (`Path`, *optional*): Rewritten prompts. The result says so.
+        data (`Path`, *optional*): A folder with the authors' files, in place of fetching them.
+        detector, detector_revision, clip, clip_revision (`str`, *optional*): What GenEval looks with.
+        judge (`str`, *optional*): The judge's model. dpg, wise, wise-verified and imgedit need one to be named.
+        judge_url (`str`, *optional*): Its OpenAI-compatible address. Without one it is a transformers model that runs here.
+        judge_revision (`str`, *optional*): Commit of a judge that runs here.
+        judge_options (`dict`, *optional*): Further arguments of [`~iomm_hf.evaluation.judges.EndpointJudge`] or
+            [`~iomm_hf.evaluation.judges.TransformersJudge`].
+        wording (`Path`, *optional*): What the judge is asked, in place of the authors' wording.
+        unreadable (`str`, *optional*, defaults to `"error"`): "error" or "lowest", for questions without a readable answer.
+        max_requests (`int`, *optional*): Refuse to ask more than these.
+        prices (`tuple[float, float]`, *optional*): For a million tokens read and written, to say what asking costs.
+    """
+
+    benchmark: str
+    output: Path
+    checkpoint: str | None = None
+    revision: str | None = None
+    pictures: Path | None = None
+    step: str = "both"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 8
+    device: str | None = None
+    dtype: str = "float32"
+    ema: bool | None = None
+    limit: int | None = None
+    rewritten: Path | None = None
+    data: Path | None = None
+    detector: str = DETECTOR
+    detector_revision: str | None = None
+    clip: str = CLIP
+    clip_revision: str | None = None
+    judge: str | None = None
+    judge_url: str | None = None
+    judge_revision: str | None = None
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    wording: Path | None = None
+    unreadable: str = "error"
+    max_requests: int | None = None
+    prices: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.step not in ("generate", "score", "both"):
+            raise ValueError(f"step must be generate, score or both, got {self.step!r}.")
+        if self.pictures is not None and (self.checkpoint is not None or self.step == "generate"):
+            raise ValueError("Pictures are given to be scored as they are: leave out the checkpoint, or the pictures.")
+        if self.benchmark in JUDGED and self.step != "generate" and self.judge is None:
+            raise ValueError(
+                f"{self.benchmark} is scored by a judge, which has no default: name one with --judge MODEL, and with --judge-url"
+                " where it is served. --step generate draws without scoring."
+            )
+        kind = TransformersJudge if self.judge_url is None else EndpointJudge
+        known = set(signature(kind).parameters) - {"model", "base_url", "revision", "device"}
+        unknown = sorted(set(self.judge_options) - known)
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        if self.unreadable not in ("error", "lowest"):
+            raise ValueError(f"unreadable must be error or lowest, got {self.unreadable!r}.")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int
+    count: int
+    wait: Callable[[], None]
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The processes that a launcher started, or this one alone, without any communication then."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(0, 1, lambda: None)
+        return
+    from accelerate import PartialState
+
+    # The first rank may ask a judge for hours while the others wait.
+    state = PartialState(cpu=accelerator_type() is None, timeout=timedelta(days=7))
+    try:
+        yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
+    finally:
+        state.destroy_process_group()
+
+
+def evaluate(
+    config: EvaluationConfig, confirm: Callable[[str], bool] = lambda text: True
+) -> tuple[dict[str, Any], Path] | None:
+    """
+    Draws and scores a benchmark.
+
+    Args:
+        config ([`EvaluationConfig`]): What and how.
+        confirm (`Callable[[str], bool]`, *optional*): Is told what a served judge will be asked, and says whether to go on. By default
+            yes.
+
+    Returns:
+        The result and its file; `None` on all ranks but the first, or where only pictures were asked for.
+
+    Raises:
+        ValueError: If the settings do not fit each other, the model or the judge.
+        OSError: If something is not found, or was begun with other settings.
+        [`~iomm_hf.evaluation.results.Incomplete`]: If pictures or answers are missing: there is no score then.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> config = EvaluationConfig("shapes", Path(tempfile.mkdtemp()), limit=6, arguments={"num_inference_steps": 1}, device="cpu")
+    >>> result, file = evaluate(config)
+    >>> result["counts"]["found"], result["benchmark"]["subset"], len(result["scores"]["tasks"]), file.name
+    (6, 6, 6, 'result.json')
+    ```
+    """
+    with ranks() as group:
+        benchmark = load_benchmark(
+            config.benchmark, seed=config.seed, limit=config.limit, rewritten=config.rewritten, data=config.data
+        )
+        folder = config.pictures if config.pictures is not None else config.output / PICTURES
+        judge_task = None
+        if config.benchmark in JUDGED and config.step != "generate" and group.first:  # before hours of drawing
+            judge_task = prepare_judge(config, benchmark, folder, confirm)
+        if config.pictures is None and config.step != "score":
+            draw(config, benchmark, group)
+        group.wait()
+        if config.step == "generate":
+            return None
+        return score(config, benchmark, folder, group, judge_task)
+
+
+def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
+    """This rank's share of the pictures."""
+    pipeline, about = load_pipeline(
+        config.checkpoint or shipped_model(),
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device if config.device is not None else rank_device(group),
+    )
+    if config.ema is not None:
+        if about["ema"] not in (None, config.ema):
+            raise ValueError(f"The checkpoint's run says ema: {about['ema']}, and it was given as {config.ema}.")
+        about["ema"] = config.ema
+    generate(
+        pipeline,
+        benchmark,
+        config.output,
+        about=about,
+        asked=config.arguments,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rank=group.rank,
+        num_ranks=group.count,
+    )
+
+
+def accelerator_type() -> str | None:
+    """Such as cuda; `None` without one, or where Accelerate is told to use the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return None
+    return accelerator.type
+
+
+def rank_device(group: Ranks) -> str:
+    """The accelerator of this rank, or the CPU."""
+    kind = accelerator_type()
+    if kind is None:
+        return "cpu"
+    return kind if group.count == 1 else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def prepare_judge(
+    config: EvaluationConfig,
+    benchmark: Benchmark,
+    folder: Path,
+    confirm: Callable[[str], bool] = lambda text: True,
+) -> tuple[Judged, Judge | None]:
+    """Everything about judging that can fail, before hours of drawing: files, key, cost. A judge that runs here is loaded later."""
+    pictures = {drawing.path: folder / drawing.path for drawing in benchmark.drawings}
+    task = judged(benchmark, pictures, config.wording)
+    if config.judge_url is None:
+        return task, None
+    assert config.judge is not None
+    judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
+    waiting = len(task.unanswered(Details(scorer_folder(config)).read()))
+    answered = len(task.keys) - waiting
+    if config.max_requests is not None and waiting > config.max_requests:
+        raise ValueError(
+            f"{waiting:,} requests would be sent, more than the {config.max_requests:,} that max_requests allows."
+        )
+    if waiting and not confirm(f"{judge.about['address']}: {task.cost(answered, judge.max_tokens, config.prices)}"):
+        raise ValueError("Not asked, as you wished.")
+    return task, judge
+
+
+def scorer_folder(config: EvaluationConfig) -> Path:
+    """Where a scorer's files go: one folder for each judge or detector."""
+    if config.benchmark == "geneval":
+        names = [public_name(config.detector), config.detector_revision]
+    elif config.benchmark == "shapes":
+        names = ["rules"]
+    else:
+        assert config.judge is not None
+        names = [public_name(config.judge), config.judge_revision]
+    return config.output / SCORES / folder_name(*filter(None, names))
+
+
+def score(
+    config: EvaluationConfig,
+    benchmark: Benchmark,
+    folder: Path,
+    group: Ranks,
+    judge_task: tuple[Judged, Judge | None] | None,
+) -> tuple[dict[str, Any], Path] | None:
+    """The second step: what is seen in every picture, and what it adds up to."""
+    pictures = find_pictures(benchmark, folder)
+    generation = read_generation(folder, benchmark)
+    target = scorer_folder(config)
+    details = Details(target, group.rank)
+    counts: dict[str, int] = {}
+    about: dict[str, Any]
+    if config.benchmark == "geneval":
+        device = config.device if config.device is not None else rank_device(group)
+        models = GenEvalModels(
+            config.detector,
+            config.clip,
+            detector_revision=config.detector_revision,
+            clip_revision=config.clip_revision,
+            device=device,
+        )
+        about = models.about
+        begin_scoring(target, about)
+        look(benchmark, pictures, details, group, models.score)
+    elif config.benchmark == "shapes":
+        about = {"kind": "rules", "rules": "iomm_hf.evaluation.shapes.score_image"}
+        begin_scoring(target, about)
+        look(benchmark, pictures, details, group, look_at_shapes)
+    if config.benchmark not in JUDGED:
+        group.wait()
+        if not group.first:
+            return None
+        lines = details.read()
+        ordered = [lines[drawing.path] for drawing in benchmark.drawings]
+        if config.benchmark == "geneval":
+            scores = geneval.summarize((line["task"], line["correct"]) for line in ordered)
+        else:
+            metadata = [benchmark.metadata[drawing.item] for drawing in benchmark.drawings]
+            seeds = [row["seed"] for row in metadata]
+            scores = report_verdicts([line["correct"] for line in ordered], metadata, seeds=seeds).to_dict()
+    else:
+        assert config.judge is not None
+        task, served = judge_task or prepare_judge(config, benchmark, folder)
+        judge = served or TransformersJudge(
+            config.judge,
+            revision=config.judge_revision,
+            device=config.device if config.device is not None else rank_device(group),
+            **config.judge_options,
+        )
+        about = judge.about | {"wording": task.wording}
+        begin_scoring(target, about)
+        if served is None:  # runs here, on every rank
+            ask_all(task, judge, details, rank=group.rank, num_ranks=group.count)
+        elif group.first:
+            ask_all(task, judge, details)
+        group.wait()
+        if not group.first:
+            return None
+        scores, counts = add_up(task, details, config.unreadable)
+        lines = details.read()
+        about = about | {
+            "unreadable": config.unreadable,
+            "models_that_answered": sorted({line["model"] for line in lines.values() if line.get("model")}),
+            "tokens": {
+                kind: sum(line.get("usage", {}).get(kind, 0) for line in lines.values())
+                for kind in ("read", "written")
+            },
+        }
+    notes = [read_note(file) for file in pictures.values()]
+    counts = {
+        "expected": len(benchmark.drawings),
+        "found": len(pictures),
+        "pictures": sum(len(drawing.seeds) for drawing in benchmark.drawings),
+        "filtered": sum(note["filtered"] for note in notes if note is not None),
+        **counts,
+    }
+    result = build_result(benchmark, scores, scorer=about, counts=counts, pictures=pictures, generation=generation)
+    return keep_result(target, result, folder)
+
+
+def begin_scoring(target: Path, about: Mapping[str, Any]):
+    write_settings(target / SCORER, about, "Scoring was")
+
+
+def look(
+    benchmark: Benchmark,
+    pictures: Mapping[str, Path],
+    details: Details,
+    group: Ranks,
+    see: Callable[[Any, Mapping[str, Any]], dict[str, Any]],
+):
+    """This rank's share of the pictures that have no line yet."""
+    done = details.read()
+    waiting = [drawing for drawing in benchmark.drawings[group.rank :: group.count] if drawing.path not in done]
+    for drawing in tqdm(waiting, desc="Looking", unit="picture", disable=None if group.first else True):
+        metadata = benchmark.metadata[drawing.item]
+        line = {"key": drawing.path, "item": drawing.item, "task": metadata["tag"], "prompt": drawing.prompt}
+        details.add(line | see(load_picture(pictures[drawing.path]), metadata))
+
+
+def look_at_shapes(picture: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = score_image(picture, dict(metadata))
+    found = [{"label": d.label, "box": list(d.box), "score": d.score, "color": d.color} for d in verdict.found]
+    return {"correct": verdict.correct, "reason": verdict.reason, "detections": found}
+
+
+def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None:
+    """
+    How the pictures in a folder were drawn; `None` for those that came from elsewhere.
+
+    Raises:
+        OSError: If they were drawn for another benchmark, version, subset or wording of prompts.
+    """
+    file = folder.parent / SETTINGS
+    if not file.is_file():
+        return None
+    generation = json.loads(file.read_text())
+    drawn, asked = generation["benchmark"], json.loads(json.dumps(benchmark.describe()))
+    # A part of what was drawn may be scored; rewritten prompts are told from others by their own record.
+    differing = [name for name in asked if name not in ("subset", "items") and drawn.get(name) != asked[name]]
+    if differing:
+        name = differing[0]
+        raise OSError(f"The pictures in {folder} were drawn with {name} {drawn.get(name)!r}, not {asked[name]!r}.")
+    return generation
+
+
+def keep_result(target: Path, result: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+    """
+    Writes a result, or finds that the same one is there.
+
+    Raises:
+        OSError: If another one is there: results are not replaced.
+    """
+    file = target / RESULT
+    result = json.loads(as_json(result))
+    if file.is_file():
+        there = read_result(file)
+        if any(there[name] != result[name] for name in ("benchmark", "scores", "counts", "pictures_sha256")):
+            raise OSError(f"{file} holds another result, and results are never replaced. Give another output folder.")
+        return there, file
+    write_whole(file, as_json(result), target / ".writing")
+    write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    return result, file

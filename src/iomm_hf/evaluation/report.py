@@ -1,0 +1,263 @@
+"""One report over any number of results: a table a benchmark, bars, a radar, and sheets of failures with what was seen.
+
+The paper's figures stand in columns marked "paper"; results that cannot be compared with each other (another detector, judge or
+prompts) are said to be so under the table. Plots need matplotlib (the `train` extra).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from .generation import read_note
+from .geneval_models import load_picture
+from .paper import PAPER
+from .results import PARTS, Details, read_result, values_of
+
+
+REPORT = "report.md"
+SHEET = 24  # failures shown
+HIGHEST = {"dpg": 100.0, "imgedit": 5.0}  # of the others 1
+
+
+def write_report(results: Sequence[str | Path], output: str | Path, names: Sequence[str] | None = None) -> str:
+    """
+    Writes `report.md` with its pictures.
+
+    Args:
+        results (`list[str | Path]`): `result.json` files of any benchmarks; sheets of failures need what lies beside them.
+        output (`str` or `Path`): The folder to write to.
+        names (`list[str]`, *optional*): What to call each. By default the model's name and its sampling.
+
+    Returns:
+        `str`: The tables, in Markdown.
+
+    Raises:
+        OSError: If a file is no result.
+        ValueError: If there are not as many names as results.
+    """
+    files = [Path(result) for result in results]
+    if names is not None and len(names) != len(files):
+        raise ValueError(f"{len(files)} results need as many names, got {len(names)}.")
+    loaded = [read_result(file) for file in files]
+    called = list(names) if names is not None else unique([name_of(result) for result in loaded])
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for benchmark in dict.fromkeys(result["benchmark"]["name"] for result in loaded):
+        chosen = {
+            name: (result, file)
+            for name, result, file in zip(called, loaded, files, strict=True)
+            if result["benchmark"]["name"] == benchmark
+        }
+        rows = {name: result for name, (result, _) in chosen.items()}
+        text = f"## {benchmark}\n\n{table(benchmark, rows)}\n{remarks(rows)}"
+        if find_spec("matplotlib") is not None:
+            text += plots(benchmark, rows, {name: file for name, (_, file) in chosen.items()}, output)
+        sections.append(text)
+    report = "\n\n".join(sections) + "\n"
+    (output / REPORT).write_text(f"# Report\n\n{report}", encoding="utf-8")
+    return report
+
+
+def name_of(result: Mapping[str, Any]) -> str:
+    """A result's model and how it drew, in a few words."""
+    generation = result["generation"]
+    if generation is None:
+        return "pictures from elsewhere"
+    arguments = generation["arguments"]
+    parts = [generation["model"]["name"], f"{arguments.get('num_inference_steps', '?')} steps"]
+    if "guidance_scale" in arguments:
+        parts.append(f"guidance {arguments['guidance_scale']:g}")
+    return ", ".join(parts)
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names with numbers where they repeat."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)
+    ]
+
+
+def table(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """
+    A table with one column a result and, where it has figures, one for each of the paper's rows.
+
+    Example:
+
+    ```python
+    >>> scores = {"overall": {"value": 80.0}}
+    >>> print(table("dpg", {"mine": {"scores": scores, "benchmark": {"subset": None}}}).splitlines()[0][:46])
+    | dpg | mine | IOMM-B 512 (paper) | IOMM-B 102
+    """
+    columns: dict[str, dict[str, float | None]] = {}
+    intervals: dict[tuple[str, str], str] = {}
+    for name, result in results.items():
+        subset = result["benchmark"]["subset"]
+        column = name if subset is None else f"{name} (only {subset} items)"
+        columns[column] = values_of(benchmark, result["scores"])
+        described = {
+            "overall": result["scores"]["overall"] or {},
+            **result["scores"].get(PARTS.get(benchmark, ""), {}),
+        }
+        for part, value in described.items():
+            if "low" in value:
+                intervals[column, part] = f" [{shown(benchmark, value['low'])}, {shown(benchmark, value['high'])}]"
+    for row in PAPER.get(benchmark, []):
+        columns[f"{row.name} (paper)"] = {"overall": row.overall, **row.tasks}
+    parts = list(dict.fromkeys(part for values in columns.values() for part in values))
+    lines = [f"| {benchmark} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for part in parts:
+        cells = [
+            "" if values.get(part) is None else shown(benchmark, values[part]) + intervals.get((column, part), "")
+            for column, values in columns.items()
+        ]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(benchmark: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if benchmark in HIGHEST else f"{value:.3f}"
+
+
+def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What must be known to compare these results: who looked, at how many pictures, of which prompts."""
+    lines = []
+    for name, result in results.items():
+        scorer, counts, about = result["scorer"], result["counts"], result["benchmark"]
+        who = scorer.get("judge") or scorer.get("detector") or scorer.get("rules")
+        commit = scorer.get("revision") or scorer.get("detector_revision")
+        prompts = "rewritten prompts" if about["rewriting"] else "the benchmark's own prompts"
+        text = f"- {name}: {counts['found']:,} of {counts['expected']:,} files, {prompts}, looked at by {who}"
+        text += f" at {commit}" if commit else ""
+        unread = sum(counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed"))
+        text += f"; {unread} questions without an answer counted as the lowest score" if unread else ""
+        text += (
+            f"; {counts['filtered']} pictures were taken away by the pipeline's filter" if counts["filtered"] else ""
+        )
+        lines.append(text + ".")
+    keys = [
+        (
+            result["benchmark"]["version"],
+            result["benchmark"]["prompts_sha256"],
+            str(result["benchmark"]["rewriting"]),
+            result["benchmark"]["subset"],
+            result["scorer"].get("judge"),
+            result["scorer"].get("revision"),
+            result["scorer"].get("detector"),
+            result["scorer"].get("detector_revision"),
+        )
+        for result in results.values()
+    ]
+    if len(set(keys)) > 1:
+        lines.append(
+            "- **These results differ in more than the model** (prompts, detector or judge) and do not compare."
+        )
+    lines.append("- Columns marked (paper) were not measured here, and their judges and detectors need not be these.")
+    return "\n".join(lines) + "\n"
+
+
+def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path], output: Path) -> str:
+    """Bars, a radar where there are three parts or more, and a sheet of failures for each result; returns the links to them."""
+    from .figures import draw_bars, draw_radar, draw_sheet
+
+    values = {name: values_of(benchmark, result["scores"]) for name, result in results.items()}
+    compared: dict[str, dict[str, float | None]] = dict(values)
+    for row in PAPER.get(benchmark, []):
+        compared[f"{row.name} (paper)"] = {"overall": row.overall, **row.tasks}
+    highest = HIGHEST.get(benchmark, 1.0)
+    text = ""
+    draw_bars(compared, output / f"{benchmark}-bars.png", highest)
+    text += f"\n![Scores of {benchmark}]({benchmark}-bars.png)\n"
+    parts = [part for part in next(iter(values.values())) if part != "overall"]
+    if len(parts) >= 3:
+        known = {
+            name: [value for part in parts if (value := row.get(part)) is not None] for name, row in compared.items()
+        }
+        whole = {name: row for name, row in known.items() if len(row) == len(parts)}
+        draw_radar(parts, whole, output / f"{benchmark}-radar.png", highest)
+        text += f"\n![Parts of {benchmark}]({benchmark}-radar.png)\n"
+    for number, (name, file) in enumerate(files.items()):
+        lines = worst(Details(file.parent).read().values())
+        pictures = pictures_of(file)
+        if not lines or pictures is None:
+            continue
+        shown_lines = [line for line in lines[:SHEET] if (pictures / line["key"].partition("#")[0]).is_file()]
+        if not shown_lines:
+            continue
+        columns = 6
+        rows: dict[str, list[Image.Image]] = {}
+        titles: dict[str, list[str]] = {}
+        blank = Image.new("RGB", (8, 8), "white")
+        for start in range(0, len(shown_lines), columns):
+            part = shown_lines[start : start + columns]
+            label = str(start + 1)
+            images = [with_boxes(load_picture(pictures / line["key"].partition("#")[0]), line) for line in part]
+            rows[label] = images + [blank] * (columns - len(part))
+            titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
+        sheet = f"{benchmark}-failures-{number}.png"
+        draw_sheet(rows, titles, output / sheet)
+        text += f"\n![Failures of {name}, with what was seen]({sheet})\n"
+    return text
+
+
+def pictures_of(file: Path) -> Path | None:
+    """Where a result's pictures are: beside it, in its run's folder, or where this machine noted."""
+    local = file.parent / "local.json"
+    folder = Path(json.loads(local.read_text())["pictures"]) if local.is_file() else file.parents[2] / "pictures"
+    return folder if folder.is_dir() else None
+
+
+def worst(lines: Any) -> list[Mapping[str, Any]]:
+    """Lines about what is wrong, the lowest first, spread over the tasks."""
+    failed = [line for line in lines if is_failure(line)]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in sorted(failed, key=lambda line: grade(line)):
+        groups.setdefault(line.get("task", ""), []).append(line)
+    longest = max((len(group) for group in groups.values()), default=0)
+    return [group[i] for i in range(longest) for group in groups.values() if i < len(group)]
+
+
+def is_failure(line: Mapping[str, Any]) -> bool:
+    """Whether a line tells of less than full marks."""
+    if "correct" in line:
+        return not line["correct"]
+    read = line.get("read")
+    if isinstance(read, bool):
+        return not read
+    if isinstance(read, list):
+        return min(read) < 5
+    if isinstance(read, dict):
+        return read != {"score": 1} and read != {"consistency": 2, "realism": 2, "aesthetic quality": 2}
+    return True
+
+
+def grade(line: Mapping[str, Any]) -> float:
+    read = line.get("read")
+    numbers = read if isinstance(read, list) else list(read.values()) if isinstance(read, dict) else [0]
+    return math.fsum(numbers)
+
+
+def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
+    """A picture with a frame around each object that counted, where a detector looked."""
+    pen = ImageDraw.Draw(picture)
+    for item in line.get("detections", []):
+        left, top, right, bottom = item["box"]
+        pen.rectangle(
+            (left, top, max(right - 1, left), max(bottom - 1, top)),
+            outline="magenta",
+            width=max(1, picture.width // 256),
+        )
+    return picture
+
+
+def caption(line: Mapping[str, Any], pictures: Path) -> str:
+    """What was asked, and what the judge or the detector saw in it."""
+    note = read_note(pictures / line["key"].partition("#")[0])
+    asked = line.get("prompt") or (note["prompt"] if note is not None else line["key"])
+    seen = line.get("reason") or f"{line.get('status', '')}: {line.get('text', '')}"
+    return f"{asked[:90]} | {' '.join(seen.split())[:110]}"

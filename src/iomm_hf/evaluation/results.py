@@ -1,0 +1,286 @@
+"""Result files: a number together with everything that it depends on, or no number at all.
+
+`details-*.jsonl` hold one line a picture (what was seen, the verdict and its reason), written as scoring goes, so that it goes on
+after an interruption. `result.json` is written once, when nothing is missing, and never replaced.
+"""
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..integrity import sha256
+from ..software import software
+from .benchmarks import Benchmark
+
+
+SCHEMA = "iomm-hf/evaluation/1"
+RESULT = "result.json"
+# Where scores hold what the overall one is made of
+PARTS = {
+    "geneval": "tasks",
+    "shapes": "tasks",
+    "wise": "categories",
+    "wise-verified": "categories",
+    "imgedit": "types",
+}
+PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "openai", "numpy", "pillow", "scipy")
+
+
+class Incomplete(Exception):
+    """Pictures, answers or items are missing, so there is no score."""
+
+
+def write_whole(path: Path, content: bytes, scratch: Path):
+    """Writes a file whole or not at all, by way of a scratch folder on the same disk: whoever lists the target's folder, such as an
+    official scorer, never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / f"{uuid.uuid4().hex}-{path.name}"
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Iterable[str] = ()):
+    """
+    Writes settings beside what they belong to, or checks that they are those that it was begun with.
+
+    Args:
+        path (`Path`): The JSON file.
+        settings (`dict`): What to write.
+        kind (`str`): What was begun, for the message.
+        free (`list[str]`, *optional*): Entries that may differ when work goes on, such as versions.
+
+    Raises:
+        OSError: If the file is there and says something else.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "settings.json")
+    >>> write_settings(file, {"steps": 30}, "The pictures were")
+    >>> write_settings(file, {"steps": 30}, "The pictures were")  # the same again is welcome, anything else an error
+    ```
+    """
+    plain = json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_whole(path, as_json(plain), path.parent / ".writing")
+    begun = json.loads(path.read_text())  # also where another rank was faster
+    differing = [name for name in {**begun, **plain} if name not in free and begun.get(name) != plain.get(name)]
+    if differing:
+        name = differing[0]
+        raise OSError(
+            f"{kind} begun with other settings in {path}: {name} was {begun.get(name)} and is now {plain.get(name)}. Give the"
+            " settings that it was begun with, or another folder."
+        )
+
+
+def as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def folder_name(*names: str) -> str:
+    """A folder's name out of a model's or a judge's: `Qwen/Qwen3-VL` becomes `Qwen-Qwen3-VL`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(names)).strip("-.")[:100]
+
+
+class Details:
+    """
+    Lines about pictures, one JSON object each, in one file a rank.
+
+    Args:
+        folder (`Path`): Of the scorer.
+        rank (`int`, *optional*, defaults to 0): Whose file is appended to.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> details = Details(Path(tempfile.mkdtemp()))
+    >>> details.add({"key": "1.png", "score": 1})
+    >>> details.read()
+    {'1.png': {'key': '1.png', 'score': 1}}
+    ```
+    """
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder = folder
+        self.file = folder / f"details-{rank}.jsonl"
+        self._begun = False
+
+    def add(self, line: Mapping[str, Any]):
+        """Appends one line; a line with a `key` that was there replaces it when they are read."""
+        if not self._begun:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):
+                with self.file.open("a") as file:
+                    file.write("\n")  # after half a line, which a killed run left
+            self._begun = True
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again."""
+        lines: dict[str, dict[str, Any]] = {}
+        for file in sorted(self.folder.glob("details-*.jsonl")):
+            for text in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    continue
+                lines[line["key"]] = line
+        return lines
+
+
+def find_pictures(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
+    """
+    Where each file of a benchmark lies in a folder of its official layout, ours or another's.
+
+    Raises:
+        Incomplete: If any is missing, or GenEval's folders hold other prompts or another number of pictures.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.evaluation.benchmarks import load_benchmark
+    >>> find_pictures(load_benchmark("shapes", limit=3), Path("nowhere"))
+    Traceback (most recent call last):
+    iomm_hf.evaluation.results.Incomplete: 3 of 3 pictures of shapes are missing in nowhere: 00000.png, 00400.png, 00800.png. A
+    part of a benchmark has no score; draw the rest first (the same command goes on).
+    ```
+    """
+    found = {}
+    if benchmark.name == "geneval":
+        found = find_geneval(benchmark, folder)
+    else:
+        found = {
+            drawing.path: folder / drawing.path for drawing in benchmark.drawings if (folder / drawing.path).is_file()
+        }
+    missing = [drawing.path for drawing in benchmark.drawings if drawing.path not in found]
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} of {len(benchmark.drawings)} pictures of {benchmark.name} are missing in {folder}:"
+            f" {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. A part of a benchmark has no score; draw the rest first"
+            " (the same command goes on)."
+        )
+    return found
+
+
+def find_geneval(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
+    """GenEval's pictures: any `<digits>.png` in `samples/`, in the order of their numbers, as the official scorer takes them; its
+    generator names them with five digits, its README with four."""
+    found: dict[str, Path] = {}
+    for item, metadata in benchmark.metadata.items():
+        samples = folder / item / "samples"
+        if not samples.is_dir():
+            continue
+        line = folder / item / "metadata.jsonl"
+        if line.is_file():
+            written = json.loads(line.read_text())
+            wanted = {name: metadata.get(name) for name in ("tag", "include", "exclude")}
+            if {name: written.get(name) for name in wanted} != wanted:
+                raise Incomplete(
+                    f"{line} asks for {written.get('prompt')!r}; item {item} of the benchmark is {metadata['prompt']!r}. These are"
+                    " other prompts, or in another order."
+                )
+        pictures = sorted(
+            (p for p in samples.iterdir() if re.fullmatch(r"\d+\.png", p.name)), key=lambda p: int(p.stem)
+        )
+        paths = [drawing.path for drawing in benchmark.drawings if drawing.item == item]
+        if len(pictures) > len(paths):
+            raise Incomplete(
+                f"{samples} holds {len(pictures)} pictures, but GenEval is scored on {len(paths)} of each prompt."
+            )
+        found |= dict(zip(paths, pictures, strict=False))
+    return found
+
+
+def hash_pictures(pictures: Mapping[str, Path]) -> str:
+    """SHA-256 over the names and contents of all pictures: the identity of what was scored."""
+    digest = hashlib.sha256()
+    for name in sorted(pictures):
+        digest.update(f"{sha256(pictures[name])}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def picture_sizes(files: Iterable[Path]) -> dict[str, int]:
+    """How many files there are of each width and height, in pixels."""
+    sizes: Counter[str] = Counter()
+    for file in files:
+        with Image.open(file) as picture:
+            sizes[f"{picture.width}x{picture.height}"] += 1
+    return dict(sizes)
+
+
+def build_result(
+    benchmark: Benchmark,
+    scores: Mapping[str, Any],
+    *,
+    scorer: Mapping[str, Any],
+    counts: Mapping[str, int],
+    pictures: Mapping[str, Path],
+    generation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """
+    The content of `result.json`.
+
+    Args:
+        benchmark ([`Benchmark`]): What was scored.
+        scores (`dict`): `overall` (`None` for a subset that leaves tasks out) and what it is made of.
+        scorer (`dict`): Detectors or judge, with revisions and settings.
+        counts (`dict[str, int]`): Expected, found, and whatever was not as it should be.
+        pictures (`dict[str, Path]`): What was scored.
+        generation (`dict`, *optional*): Content of `generation.json`; `None` where pictures came from elsewhere.
+    """
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark.describe(),
+        "files": benchmark.data.describe() if benchmark.data is not None else None,
+        "scores": dict(scores),
+        "counts": dict(counts),
+        "scorer": dict(scorer),
+        "generation": dict(generation) if generation is not None else None,
+        "picture_sizes": picture_sizes(pictures.values()),
+        "pictures_sha256": hash_pictures(pictures),
+        "software": software(PACKAGES),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def values_of(benchmark: str, scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Overall and its parts, as numbers."""
+    parts = scores.get(PARTS.get(benchmark, ""), {})
+    overall = scores["overall"]
+    return {
+        "overall": None if overall is None else overall["value"],
+        **{name: part.get("accuracy", part.get("value")) for name, part in parts.items()},
+    }
+
+
+def read_result(file: str | Path) -> dict[str, Any]:
+    """
+    A `result.json`.
+
+    Raises:
+        OSError: If it is none.
+    """
+    try:
+        result = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{file} cannot be read as a result: {error}") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise OSError(f"{file} is no result of `iomm-hf evaluate`: it has no schema {SCHEMA!r}.")
+    return result

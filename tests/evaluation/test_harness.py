@@ -1,0 +1,297 @@
+"""The whole chain, from the tiny model to a result, with tiny detectors and a local judge; and what is no result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from iomm_hf import shipped_model
+from iomm_hf.evaluation.authors_files import REPOSITORIES
+from iomm_hf.evaluation.benchmarks import load_benchmark
+from iomm_hf.evaluation.drawing import draw_plan
+from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.results import Details, Incomplete, read_result
+from iomm_hf.evaluation.shapes import benchmark_plan
+from iomm_hf.pipeline_iomm import IOMMPipeline
+from iomm_hf.testing.judge_server import LocalJudge
+from iomm_hf.testing.tiny_detectors import save_tiny_detectors
+
+
+STEPS = {"num_inference_steps": 1, "guidance_scale": 1.0}
+WORDING = """
+def build(prompt_data, image):
+    return [
+        {"role": "system", "content": [{"type": "text", "text": "You judge {strictly}."}]},
+        {"role": "user", "content": [
+            {"type": "text", "text": f'''Of "{prompt_data["Prompt"]}" ({prompt_data['Explanation']}).'''},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        ]},
+    ]
+"""
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory):
+    return [str(folder) for folder in save_tiny_detectors(tmp_path_factory.mktemp("detectors"))]
+
+
+def config(benchmark: str, output: Path, **more) -> EvaluationConfig:
+    return EvaluationConfig(benchmark, output, arguments=dict(STEPS), device="cpu", **more)
+
+
+def write_wise(folder: Path, name: str):
+    """The authors' files in their form, with items of our own."""
+    origin = REPOSITORIES[name]
+    per_file = (range(1, 401), range(401, 701), range(701, 1001))
+    for file, ids in zip(origin.prompts, per_file, strict=True):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt_id": i, "Prompt": f"thing {i}", "Explanation": f"it is {i}", "Subcategory": "x"} for i in ids]
+        (folder / file).write_text(json.dumps(rows))
+    (folder / origin.wording).write_text(WORDING)
+
+
+def judge_of(server: LocalJudge, **more) -> dict:
+    return {"judge": "local-judge-1", "judge_url": server.address, **more}
+
+
+def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors, tmp_path):
+    options = {"limit": 6, "detector": detectors[0], "clip": detectors[1]}
+    result, file = evaluate(config("geneval", tmp_path, **options))
+    assert read_result(file) == result and result["schema"] == "iomm-hf/evaluation/1"
+    assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0}
+    assert set(result["scores"]["tasks"]) == {
+        "single_object",
+        "two_object",
+        "counting",
+        "colors",
+        "position",
+        "color_attr",
+    }
+    assert result["scores"]["tasks"]["position"]["total"] == 4 and result["scores"]["overall"] is not None
+    assert result["benchmark"]["subset"] == 6 and result["benchmark"]["rewriting"] is None
+    generation = result["generation"]
+    assert (
+        generation["arguments"] == STEPS and generation["seed"] == 0 and generation["model"]["class"] == "IOMMPipeline"
+    )
+    assert set(generation["model"]["weights_sha256"]) == {"text_encoder", "transformer", "vae"}
+    assert generation["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+    assert result["picture_sizes"] == {"64x64": 24} and result["scorer"]["kind"] == "detector"
+    assert (
+        result["software"]["versions"]["torch"]
+        and str(tmp_path) not in file.read_text()
+        and detectors[0] not in file.read_text()
+    )
+    lines = Details(file.parent).read()
+    assert len(lines) == 24 and all(
+        {"prompt", "correct", "reason", "detections"} <= set(line) for line in lines.values()
+    )
+
+    # Asked again it is the same; a picture that changes under it is found out, and one that is gone.
+    assert evaluate(config("geneval", tmp_path, step="score", **options)) == (result, file)
+    picture = tmp_path / "pictures/00000/samples/0000.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    with pytest.raises(OSError, match="holds another result"):
+        evaluate(config("geneval", tmp_path, step="score", **options))
+    picture.unlink()
+    with pytest.raises(Incomplete, match="1 of 24 pictures of geneval are missing"):
+        evaluate(config("geneval", tmp_path, step="score", **options))
+
+
+def test_shapes_are_drawn_and_scored_as_by_the_recipe(tmp_path):
+    result, _ = evaluate(config("shapes", tmp_path, limit=4, batch_size=4))
+    plan = benchmark_plan()
+    chosen = [plan[number] for number in (0, 300, 600, 900)]
+    drawn = draw_plan(IOMMPipeline.from_pretrained(shipped_model()), chosen, 1, 1.0, batch_size=4)
+    for number, picture in zip((0, 300, 600, 900), drawn, strict=True):
+        with Image.open(tmp_path / f"pictures/{number:05}.png") as mine:
+            assert mine.tobytes() == picture.tobytes()
+    assert result["scores"]["pictures"] == 4 and result["scores"]["overall"] is None  # not all tasks are there
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "overall"),
+    [
+        ("wise", "Consistency: 2\nRealism: 1\nAesthetic Quality: 0", 0.8),
+        ("wise-verified", "<think>Score: 0?</think>Score: 1", 1.0),
+    ],
+)
+def test_wise_is_judged_in_its_authors_words(tmp_path, name, reply, overall):
+    write_wise(tmp_path / "data", name)
+    pictures = tmp_path / "given"  # from elsewhere: no generation.json
+    pictures.mkdir()
+    benchmark = load_benchmark(name, data=tmp_path / "data", limit=25)
+    for drawing in benchmark.drawings:
+        Image.new("RGB", (16, 16), "red").save(pictures / drawing.path)
+    costs = []
+    with LocalJudge(lambda request: reply) as server:
+        result, _ = evaluate(
+            config(name, tmp_path / "run", data=tmp_path / "data", limit=25, pictures=pictures, **judge_of(server)),
+            lambda cost: not costs.append(cost),
+        )
+    assert result["scores"]["overall"]["value"] == pytest.approx(overall) and len(server.requests) == 25
+    texts = {request["messages"][1]["content"][0]["text"] for request in server.requests}
+    assert 'Of "thing 1" (it is 1).' in texts and len(texts) == 25
+    assert server.requests[0]["messages"][0]["content"] == "You judge {strictly}."
+    assert "25 requests with 25 pictures" in costs[0] and server.address in costs[0]
+    assert result["generation"] is None and result["counts"]["answered"] == 25
+    assert result["scorer"]["models_that_answered"] == ["local-judge-1"]
+    assert result["scorer"]["tokens"] == {"read": 250, "written": 125}
+    assert set(result["files"]["sha256"]) == {*REPOSITORIES[name].prompts, REPOSITORIES[name].wording}
+
+
+def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
+    write_wise(tmp_path / "data", "wise-verified")
+    benchmark = load_benchmark("wise-verified", data=tmp_path / "data", limit=8)
+    (tmp_path / "given").mkdir()
+    for drawing in benchmark.drawings:
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "given" / drawing.path)
+    replies = {
+        "thing 1": {"refusal": "no"},
+        "thing 126": "It is lovely.",
+        "thing 251": {"content": "Sc", "finish_reason": "length"},
+    }
+    healthy = {"now": False}
+
+    def respond(request):
+        text = request["messages"][1]["content"][0]["text"]
+        wrong = next((reply for thing, reply in replies.items() if f'"{thing}"' in text), None)
+        return "Score: 1" if wrong is None or healthy["now"] else wrong
+
+    def run(**more):
+        options = {"data": tmp_path / "data", "limit": 8, "pictures": tmp_path / "given", **judge_of(server), **more}
+        options["judge_options"] = {"workers": 1}
+        return evaluate(config("wise-verified", tmp_path / "run", **options))
+
+    with LocalJudge(respond) as server:
+        server.fail_next("garbage")  # meets the first question, which is refused afterwards
+        with pytest.raises(Incomplete, match="3 of 8 questions have no readable answer"):
+            run()
+        folder = tmp_path / "run/scores/local-judge-1"
+        kept = Details(folder).read()
+        told = {key: kept[key]["status"] for key in ("1.png", "126.png", "251.png", "376.png")}
+        assert told == {"1.png": "failed", "126.png": "unreadable", "251.png": "cut off", "376.png": "answered"}
+        assert kept["126.png"]["text"] == "It is lovely." and len(kept) == 8 and not (folder / "result.json").exists()
+
+        asked = len(server.requests)
+        result, file = run(unreadable="lowest")
+        assert len(server.requests) - asked == 3  # only what had no answer
+        assert result["counts"]["refused"] == result["counts"]["unreadable"] == result["counts"]["cut off"] == 1
+        assert result["scorer"]["unreadable"] == "lowest" and result["counts"]["questions"] == 8
+        assert result["scores"]["categories"]["culture"]["value"] == 0.25
+
+        healthy["now"] = True
+        with pytest.raises(OSError, match="results are never replaced"):
+            run()
+        file.unlink()
+        assert run()[0]["scores"]["categories"]["culture"]["value"] == 1.0
+
+
+def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
+    write_wise(tmp_path / "data", "wise")
+    with LocalJudge(lambda request: "") as server:
+        options = {"data": tmp_path / "data", "limit": 8, **judge_of(server)}
+        with pytest.raises(ValueError, match="8 requests would be sent, more than the 7"):
+            evaluate(config("wise", tmp_path / "run", max_requests=7, **options))
+        with pytest.raises(ValueError, match="Not asked"):
+            evaluate(config("wise", tmp_path / "run", prices=(2.5, 10.0), **options), lambda cost: False)
+    assert server.requests == [] and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="has no default: name one with --judge"):
+        config("wise", tmp_path / "run")
+
+
+def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
+    (tmp_path / "data/dpg_bench").mkdir(parents=True)
+    header = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
+    rows = [
+        f"{row},x,,1,0,e,w,t,Is it red?\n{row},x,,2,1,e,w,t,Is it there?" for row in load_benchmark("dpg").metadata
+    ]
+    (tmp_path / "data/dpg_bench/dpg_bench.csv").write_text("\n".join([header, *rows]))
+    (tmp_path / "given").mkdir()
+    sheet = Image.new("RGB", (32, 32), "red")
+    sheet.paste("blue", (16, 16, 32, 32))  # the last quarter is not red
+    benchmark = load_benchmark("dpg", limit=2)
+    for drawing in benchmark.drawings:
+        sheet.save(tmp_path / "given" / drawing.path)
+
+    def respond(request):
+        import base64
+        import io
+
+        question, picture = request["messages"][0]["content"]
+        content = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+        red = Image.open(io.BytesIO(content)).getpixel((8, 8)) == (255, 0, 0)
+        return "Yes" if red or "there" in question["text"] else "No."
+
+    with LocalJudge(respond) as server:
+        result, _ = evaluate(
+            config(
+                "dpg",
+                tmp_path / "run",
+                data=tmp_path / "data",
+                limit=2,
+                pictures=tmp_path / "given",
+                **judge_of(server),
+            )
+        )
+    assert len(server.requests) == 2 * 4 * 2 and result["scores"]["overall"]["value"] == 75.0
+    assert server.requests[0]["messages"][0]["content"][0]["text"].endswith("Answer with yes or no.")
+
+
+def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
+    data = tmp_path / "data"
+    origin = REPOSITORIES["imgedit"]
+    (data / "Benchmark/Basic").mkdir(parents=True)
+    (data / "pictures/animal").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "green").save(data / "pictures/animal/1.jpg")
+    items = {
+        str(i): {"id": "animal/1.jpg", "prompt": f"edit {i}", "edit_type": "add" if i % 2 else "style"}
+        for i in range(1, 738)
+    }
+    (data / origin.prompts[0]).write_text(json.dumps(items))
+    (data / origin.wording).write_text(json.dumps({"add": "Add <edit_prompt>!", "style": "Style <edit_prompt>!"}))
+    with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
+        result, _ = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
+    assert result["scores"]["overall"]["value"] == 4.0 and result["counts"]["found"] == 2
+    content = server.requests[0]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
+    assert content[0]["text"] in ("Add edit 1!", "Style edit 369!", "Add edit 369!")
+    items["1"]["id"] = "../outside.jpg"
+    (data / origin.prompts[0]).write_text(json.dumps(items))
+    with LocalJudge(lambda request: "") as server, pytest.raises(ValueError, match="leads out of its folder"):
+        evaluate(config("imgedit", tmp_path / "evil", data=data, limit=1, **judge_of(server)))
+
+
+def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):
+    options = {"limit": 1, "detector": detectors[0], "clip": detectors[1]}
+    evaluate(config("geneval", tmp_path, step="generate", limit=1))
+    assert not (tmp_path / "scores").exists()
+    file = tmp_path / "generation.json"
+    settings = json.loads(file.read_text())
+    settings["benchmark"]["rewriting"] = {"file": "mine.jsonl"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(OSError, match="were drawn with rewriting"):
+        evaluate(config("geneval", tmp_path, step="score", **options))
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_draw_and_score_what_one_process_does(detectors, tmp_path):
+    accelerate_config = Path(__file__).parents[2] / "recipes/accelerate/cpu.yaml"
+    options = ["--benchmark", "geneval", "--limit", "3", "--steps", "1", "--guidance-scale", "1", "--batch-size", "1"]
+    options += ["--detector", detectors[0], "--clip", detectors[1], "--device", "cpu"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
+    for start, output in ((launcher, tmp_path / "ranks"), ([], tmp_path / "one")):
+        done = subprocess.run(
+            [sys.executable, *start, "-m", "iomm_hf", "evaluate", *options, "--output", str(output)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks, one = [next(path.rglob("result.json")) for path in (tmp_path / "ranks", tmp_path / "one")]
+    assert sorted(path.name for path in ranks.parent.glob("details-*")) == ["details-0.jsonl", "details-1.jsonl"]
+    assert read_result(ranks)["scores"] == read_result(one)["scores"]
+    assert read_result(ranks)["pictures_sha256"] == read_result(one)["pictures_sha256"]

@@ -1,0 +1,184 @@
+"""The judge's client against a server that speaks the protocol and fails as real ones do."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from iomm_hf.evaluation.judges import EndpointJudge, Question, TransformersJudge
+from iomm_hf.evaluation.wording import Message
+from iomm_hf.testing.judge_server import LocalJudge
+from iomm_hf.tiny import seeded, train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def questions(count: int) -> list[Question]:
+    picture = Image.new("RGB", (8, 8), "red")
+    return [Question(str(i), [Message("user", f"question {i}", True)], [picture]) for i in range(count)]
+
+
+def text_of(request: dict) -> str:
+    return request["messages"][-1]["content"][0]["text"]
+
+
+def test_every_question_is_answered_once_with_what_was_sent():
+    with LocalJudge(lambda request: text_of(request).upper()) as server:
+        judge = EndpointJudge("local-judge-1", server.address, workers=3)
+        answers = {answer.key: answer for answer in judge.ask(iter(questions(7)))}
+    assert {key: answer.text for key, answer in answers.items()} == {str(i): f"QUESTION {i}" for i in range(7)}
+    assert {answer.status for answer in answers.values()} == {"answered"}
+    assert answers["0"].usage == {"read": 10, "written": 5} and len(server.requests) == 7
+    sent = server.requests[0]
+    assert sent["model"] == "local-judge-1" and sent["temperature"] == 0
+    picture = sent["messages"][0]["content"][1]["image_url"]["url"]
+    assert picture.startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("failure", [429, 500, 503, "cut"])
+def test_what_passes_is_asked_again(failure):
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next(failure, failure)
+        [answer] = EndpointJudge("local-judge-1", server.address).ask(questions(1))
+    assert answer.status == "answered" and answer.text == "yes" and len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "message"),
+    [([500] * 9, "InternalServerError"), (["garbage"], "no chat completion"), (["other"], "no chat completion")],
+)
+def test_what_stays_wrong_is_a_failure_and_no_answer(failures, message):
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next(*failures)
+        [answer] = EndpointJudge("local-judge-1", server.address, max_retries=2).ask(questions(1))
+    assert answer.status == "failed" and message in answer.text and answer.model is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        ({"refusal": "I cannot look at this."}, "refused"),
+        ({"content": "", "finish_reason": "content_filter"}, "refused"),
+        ({"content": "Consistency: 2", "finish_reason": "length"}, "cut off"),
+        ({"content": " "}, "empty"),
+        ({"content": None}, "empty"),
+    ],
+)
+def test_what_is_no_answer_is_named(reply, status):
+    with LocalJudge(lambda request: reply) as server:
+        [answer] = EndpointJudge("local-judge-1", server.address).ask(questions(1))
+    assert answer.status == status
+
+
+def test_a_broken_server_is_given_up():
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next(*[500] * 500)
+        judge = EndpointJudge("local-judge-1", server.address, max_retries=0, workers=2)
+        with pytest.raises(ValueError, match="20 requests in a row failed"):
+            list(judge.ask(questions(100)))
+        assert len(server.requests) < 30
+
+
+def test_wrong_key_and_unknown_model_end_at_once(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-of-mine")
+    with LocalJudge(lambda request: "yes", key="another") as server:
+        judge = EndpointJudge("local-judge-1", server.address, key_variable="JUDGE_KEY")
+        with pytest.raises(ValueError, match="refuses the key") as refused:
+            list(judge.ask(questions(3)))
+        assert "sk-secret" not in str(refused.value) and "sk-secret" not in json.dumps(judge.about)
+        assert server.headers[0]["authorization"] == "Bearer sk-secret-of-mine"
+    with LocalJudge(lambda request: "yes") as server, pytest.raises(ValueError, match="knows no model 'gpt'"):
+        list(EndpointJudge("gpt", server.address).ask(questions(1)))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://judge.example/v1", "set the environment variable OPENAI_API_KEY"),
+        ("judge.example/v1", "must look like https://host/v1"),
+        ("https://me:word@judge.example/v1", "without user and password"),
+    ],
+)
+def test_unusable_addresses_are_refused(address, message):
+    with pytest.raises(ValueError, match=message):
+        EndpointJudge("judge", address)
+
+
+def test_a_key_is_not_sent_in_clear_text(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(ValueError, match="in clear text") as refused:
+        EndpointJudge("judge", "http://judge.example/v1")
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_files_are_sent_as_they_are(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "blue").save(buffer, "JPEG")
+    (tmp_path / "picture.jpg").write_bytes(buffer.getvalue())
+    question = Question(
+        "a", [Message("system", "You judge."), Message("user", "What?", True)], [tmp_path / "picture.jpg"]
+    )
+    with LocalJudge(lambda request: "blue") as server:
+        list(EndpointJudge("local-judge-1", server.address).ask([question]))
+    system, user = server.requests[0]["messages"]
+    assert system == {"role": "system", "content": "You judge."}
+    assert user["content"][1]["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """A tiny random LLaVA: 16 tokens a picture of 32 px."""
+    folder = tmp_path_factory.mktemp("vlm")
+    tokenizer = train_tokenizer(["Is it red? yes no"], vocab_size=300)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**size, num_hidden_layers=2, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**size, **ends, num_hidden_layers=1, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )
+    with seeded(0):
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_transformers_judges_here(vlm):
+    judge = TransformersJudge(str(vlm), max_tokens=4)
+    ask = [Message("system", "Judge."), Message("user", "Is it red?", True)]
+    pictures = {color: Image.new("RGB", (40, 32), color) for color in ("red", "blue")}
+    answers = list(judge.ask(Question(color, ask, [picture, picture]) for color, picture in pictures.items()))
+    assert [answer.key for answer in answers] == ["red", "blue"]
+    for answer in answers:
+        assert answer.status in ("cut off", "answered", "empty") and 0 < answer.usage["written"] <= 4
+        assert answer.usage["read"] > 2 * 16  # both pictures were read
+    assert answers == list(judge.ask(Question(color, ask, [picture, picture]) for color, picture in pictures.items()))
+    assert judge.about["class"] == "LlavaForConditionalGeneration" and judge.about["decoding"] == "greedy"

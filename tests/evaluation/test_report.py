@@ -1,0 +1,102 @@
+"""The report says what was measured, beside the paper's rows and apart from them, and what does not compare."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from iomm_hf.evaluation.geneval import summarize
+from iomm_hf.evaluation.geneval_rules import TASKS
+from iomm_hf.evaluation.paper import PAPER
+from iomm_hf.evaluation.report import write_report
+
+
+def result(benchmark: str, scores: dict, **scorer) -> dict:
+    about = {"name": benchmark, "version": "1", "prompts_sha256": "a", "rewriting": None, "subset": None, "items": 2}
+    model = {"name": "runs/mine", "weights_sha256": {}, "ema": True}
+    generation = {"model": model, "arguments": {"num_inference_steps": 30, "guidance_scale": 3.0}, "seed": 0}
+    counts = {"expected": 8, "found": 8, "pictures": 8, "filtered": 0}
+    return {
+        "schema": "iomm-hf/evaluation/1",
+        "benchmark": about,
+        "scores": scores,
+        "counts": counts,
+        "scorer": {"kind": "detector", "detector": "d", **scorer},
+        "generation": generation,
+    }
+
+
+def save(folder, content, lines=()):
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(content))
+    (folder / "details-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "result.json"
+
+
+def cells(report: str, row: str) -> list[str]:
+    [line] = [line for line in report.splitlines() if line.startswith(f"| {row} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.fixture
+def geneval(tmp_path):
+    scores = summarize([(task, task == "colors") for task in TASKS for _ in range(4)])
+    run = tmp_path / "run"
+    (run / "pictures/00000/samples").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(run / "pictures/00000/samples/0000.png")
+    line = {"key": "00000/samples/0000.png", "task": "counting", "prompt": "two dogs", "correct": False}
+    seen = {"reason": "expected dog>=2, found 1", "detections": [{"box": [1, 1, 9, 9]}]}
+    return save(run / "scores/d", result("geneval", scores), [line | seen])
+
+
+def test_geneval_stands_beside_the_papers_rows_marked_as_such(geneval, tmp_path):
+    report = write_report([geneval], tmp_path / "report")
+    columns = cells(report, "geneval")
+    assert columns[0] == "runs/mine, 30 steps, guidance 3"
+    assert columns[1:] == [f"{row.name} (paper)" for row in PAPER["geneval"]]
+    assert cells(report, "overall")[0].startswith("0.167 [") and cells(report, "colors")[0].startswith("1.000 [")
+    assert cells(report, "overall")[1] == "0.890" and cells(report, "position")[3] == "0.850"
+    assert cells(report, "counting")[6:] == ["", ""]  # the paper gives no more than an overall score there
+    assert "8 of 8 files, the benchmark's own prompts, looked at by d." in report
+    names = {"report.md", "geneval-bars.png", "geneval-radar.png", "geneval-failures-0.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == names
+    assert all((tmp_path / "report" / name).stat().st_size > 2_000 for name in names if name.endswith("png"))
+
+
+def test_results_that_do_not_compare_are_said_so(geneval, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "matplotlib", None
+    )  # as if it were not installed: tables are written all the same
+    content = json.loads(geneval.read_text())
+    twin = save(tmp_path / "twin", content)
+    assert "do not compare" not in write_report([geneval, twin], tmp_path / "a", ["one", "two"])
+    content["scorer"]["detector"] = "another"
+    other = save(tmp_path / "other", content)
+    report = write_report([geneval, other], tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["report.md"]
+    assert "do not compare" in report and "guidance 3 (1)" in report and "guidance 3 (2)" in report
+    with pytest.raises(ValueError, match="2 results need as many names, got 1"):
+        write_report([geneval, other], tmp_path / "c", ["one"])
+
+
+def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    content = result(
+        "wise-verified", {"overall": {"value": 0.5}, "categories": {"culture": {"value": 0.25}}}, judge="j"
+    )
+    content["benchmark"] |= {"subset": 2, "rewriting": {"file": "better.jsonl"}}
+    content["counts"] |= {"unreadable": 2, "refused": 1}
+    report = write_report([save(tmp_path / "a", content)], tmp_path / "report")
+    assert "(only 2 items)" in report and "rewritten prompts, looked at by j" in report
+    assert "3 questions without an answer counted as the lowest score" in report
+    assert "(paper) |" not in report.splitlines()[2]  # the paper has no row of the verified version
+    assert cells(report, "culture") == ["0.250"]
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    (tmp_path / "score.json").write_text("{}")
+    with pytest.raises(OSError, match="is no result of `iomm-hf evaluate`"):
+        write_report([tmp_path / "score.json"], tmp_path / "report")
+    with pytest.raises(OSError, match="cannot be read as a result"):
+        write_report([tmp_path / "missing.json"], tmp_path / "report")

@@ -1,0 +1,109 @@
+"""Results of `iomm-hf evaluate` in a model card, in the Hub's own form, and only where they are this checkpoint's."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf.evaluation.geneval import summarize
+from iomm_hf.evaluation.geneval_rules import TASKS
+from iomm_hf.hub.card import COMPONENTS, Sample, write_card
+from iomm_hf.modeling_iomm import hash_weight_files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "transformer").symlink_to(shipped_model() / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return IOMMPipeline.from_pretrained(shipped_model())
+
+
+def result(name: str, scores: dict) -> dict:
+    weights = {"transformer": hash_weight_files(shipped_model() / "transformer")}
+    return {
+        "schema": "iomm-hf/evaluation/1",
+        "benchmark": {
+            "name": name, "version": "1", "prompts_sha256": "ab" * 32, "rewriting": None, "subset": None, "items": 553,
+        },
+        "scores": scores,
+        "counts": {"expected": 2212, "found": 2212},
+        "scorer": {"detector": "org/mask2former", "detector_revision": "c0ffee", "judge": None, "rules": None},
+        "generation": {
+            "model": {"name": "runs/final", "weights_sha256": weights, "ema": True},
+            "arguments": {"num_inference_steps": 30, "guidance_scale": 3.0},
+            "seed": 0,
+        },
+        "picture_sizes": {"512x512": 2212},
+        "software": {"versions": {"iomm-hf": "0.1.0"}},
+    }  # fmt: skip
+
+
+def card(folder, pipeline, tmp_path, *contents, benchmark=None) -> ModelCard:
+    files = []
+    for number, content in enumerate(contents):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(content))
+    licences = dict.fromkeys(COMPONENTS, "apache-2.0")
+    samples = [Sample("a star", 0, "samples/00.png")]
+    write_card(
+        folder, "me/model", pipeline, licences, samples, steps=30, guidance=3.0, scores=files, benchmark=benchmark
+    )
+    return ModelCard.load(folder / "README.md")
+
+
+def test_results_are_the_cards_metadata_and_tables(folder, pipeline, tmp_path):
+    geneval = summarize([(task, task != "counting") for task in TASKS for _ in range(4)])
+    dpg = {"overall": {"value": 81.25}}
+    loaded = card(folder, pipeline, tmp_path, result("geneval", geneval), result("dpg", dpg))
+    found = {(r.dataset_type, r.dataset_config): r for r in loaded.data.eval_results}
+    assert len(found) == 8 and found["geneval", "overall"].metric_value == pytest.approx(5 / 6, abs=1e-4)
+    assert found["geneval", "counting"].metric_value == 0.0 and found["dpg-bench", "overall"].metric_value == 81.25
+    assert (
+        found["geneval", "overall"].dataset_revision == "1" and found["geneval", "overall"].metric_type == "accuracy"
+    )
+    for told in (
+        "2,212 of 2,212 files",
+        "num inference steps 30",
+        "512x512 px",
+        "org/mask2former",
+        "c0ffee",
+        "averaged weights",
+    ):
+        assert told in loaded.text
+    assert "| runs/final | 0.833 |" in loaded.text and "| runs/final | 81.250 |" in loaded.text
+    assert "No scores were given" not in loaded.text
+
+
+def test_no_scores_say_so_and_two_belong_to_no_one_leaderboard(folder, pipeline, tmp_path):
+    assert "No scores were given" in card(folder, pipeline, tmp_path).text
+    dpg = result("dpg", {"overall": {"value": 80.0}})
+    with pytest.raises(ValueError, match="but 2 scores were given"):
+        card(folder, pipeline, tmp_path, dpg, dpg, benchmark="org/bench")
+    card(folder, pipeline, tmp_path, dpg, benchmark="org/bench")
+    [entry] = yaml.safe_load((folder / ".eval_results/dpg.yaml").read_text())
+    assert entry["dataset"] == {"id": "org/bench", "task_id": "overall"} and entry["value"] == 80.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["benchmark"].update(subset=6, items=6), "tells of 6 items of dpg only"),
+        (lambda r: r.update(generation=None), "does not know which model drew"),
+        (
+            lambda r: r["generation"]["model"]["weights_sha256"].update(transformer="ff"),
+            "is of a generator whose weights hash to ff",
+        ),
+    ],
+)
+def test_what_is_not_this_checkpoints_whole_result_stays_out(folder, pipeline, tmp_path, change, message):
+    content = result("dpg", {"overall": {"value": 80.0}})
+    change(content)
+    with pytest.raises((OSError, ValueError), match=message):
+        card(folder, pipeline, tmp_path, content)
