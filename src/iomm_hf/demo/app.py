@@ -274,7 +274,7 @@ def header(checkpoint: str | None) -> str:
     )
     name = "the small shapes-world model of the package" if checkpoint is None else f"<code>{checkpoint}</code>"
     return (
-        f'<div class="head"><div class="icons">{icons}</div><h1>IOMM draws</h1>'
+        f'<div class="masthead"><div class="icons">{icons}</div><h1>IOMM draws</h1>'
         "<p>It learned to draw from <b>pictures without captions</b>; captioned ones then taught it words.<br>"
         f"Running {name}.</p></div>"
     )
@@ -322,13 +322,13 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
         gr.Examples([[example] for example in examples], image, label="Or one of these", api_visibility="private")
         return image
 
-    def picture(label: str, **options: Any) -> gr.Image:
+    def picture(label: str, *classes: str, **options: Any) -> gr.Image:
         return gr.Image(
             label=label,
             type="filepath",
             format="png",
             interactive=False,
-            elem_classes="pixels",
+            elem_classes=["pixels", *classes],
             buttons=["download", "fullscreen"],
             **options,
         )
@@ -369,7 +369,7 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                     note("draw")
                 with gr.Column(scale=5):
                     result = picture("Picture", height=400)
-            gr.Markdown("Drawn by this model: a few chosen ones, then yours.", elem_classes="heading")
+            gr.Markdown("Drawn by this model: a few chosen ones, then yours." if notes else "Drawn here.")
             history = gr.Gallery(
                 welcome(checkpoint),
                 label="Drawn by this model",
@@ -377,11 +377,10 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                 type="filepath",
                 format="png",
                 columns=8,
-                fit_columns=False,
                 height="auto",
                 object_fit="contain",
                 interactive=False,
-                elem_classes="pixels",
+                elem_classes=["pixels", "drawn"],
                 buttons=["download", "fullscreen"],
             )
             begun = gr.on(
@@ -419,7 +418,7 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                     height=400,
                     visible=False,
                     interactive=False,
-                    elem_classes="pixels",
+                    elem_classes=["pixels", "compared"],
                     buttons=["download", "fullscreen"],
                 )
                 note("edit")
@@ -456,7 +455,7 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                 '<div class="method"><span>A picture, in patches</span><span>What the MLLM still sees</span>'
                 "<span>What the generator makes of it</span></div>"
             )
-            sheet = picture("The method in one picture", show_label=False, container=False)
+            sheet = picture("The method in one picture", "sheet", show_label=False, container=False)
             with gr.Row():
                 with gr.Column(scale=5):
                     share = gr.Slider(0, model.MAX_MASK_RATIO, 0.5, step=0.05, label="Share to hide")
