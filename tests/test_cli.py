@@ -145,7 +145,7 @@ def test_what_cannot_be_used_ends_with_two_and_says_why(tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "ask"])
+@pytest.mark.parametrize("command", ["generate", "edit", "ask", "demo"])
 def test_help_names_every_option_without_loading_torch(command):
     code = f"import sys; from iomm_hf.cli import app; sys.argv = ['iomm-hf', '{command}', '--help']\n"
     code += "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
@@ -154,3 +154,15 @@ def test_help_names_every_option_without_loading_torch(command):
     )
     assert done.stdout.endswith("0 False\n"), done.stderr
     assert all(option in done.stdout for option in ("--checkpoint", "--device", "--json"))
+
+
+def test_demo_without_gradio_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    for command in (["demo"], ["publish-space", "me/demo"]):
+        done = run(*command[1:], command=command[0])
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "pip install 'iomm-hf[demo]'" in done.stderr
+
+
+def test_demo_refuses_what_it_cannot_show():
+    done = run("--checkpoint", "nobody/nothing", command="demo")
+    assert done.exit_code == 2 and "nobody/nothing" in done.stderr and done.stderr.count("\n") == 1

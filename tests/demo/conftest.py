@@ -11,9 +11,14 @@ def shipped():
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Where the page is served."""
+def page():
+    """The page, served."""
     page = app.build(device="cpu")
-    _, url, _ = page.launch(**app.launch_options() | {"prevent_thread_lock": True})
-    yield url
+    page.launch(**app.launch_options() | {"prevent_thread_lock": True})
+    yield page
     page.close()
+
+
+@pytest.fixture(scope="module")
+def address(page) -> str:
+    return page.local_url

@@ -4,11 +4,13 @@ import asyncio
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import gradio as gr
 import httpx
 import numpy as np
 import pytest
+from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
@@ -19,8 +21,8 @@ from iomm_hf.demo import app, model
 
 
 @pytest.fixture(scope="module")
-def api(address):
-    return Client(address, verbose=False)
+def api(address, tmp_path_factory):
+    return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
 
 @pytest.fixture
@@ -136,6 +138,17 @@ def test_the_server_takes_no_heavy_uploads_and_reads_no_files_of_its_own(address
     assert "event: error" in answer and "event: complete" not in answer
 
 
+def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, address, page):
+    with open(app.HERE / "pictures" / "1 a red circle.png", "rb") as file:
+        [upload] = httpx.post(f"{address}gradio_api/upload", files={"files": ("mine.png", file)}).json()
+    api.predict("a star", 0, 64, 1, api_name="/draw")
+    files = {Path(upload), *(Path(name) for files in page.temp_file_sets for name in files if name.endswith(".png"))}
+    assert all(file.is_file() for file in files) and len(files) > 1
+    delete_files_created_by_app(page, 0)
+    kept = {Path(name) for block in page.blocks.values() for name in getattr(block, "keep_in_cache", ())}
+    assert not any(file.exists() for file in files - kept) and Path(upload) not in kept
+
+
 def test_nothing_is_kept_and_nothing_phones_home(address):
     config = httpx.get(f"{address}config").json()
     assert config["analytics_enabled"] is False and config["run_history"] is False
@@ -143,8 +156,7 @@ def test_nothing_is_kept_and_nothing_phones_home(address):
     assert "fonts.googleapis.com" not in page and "cdnjs" not in page
 
 
-def test_the_queue_is_limited_and_the_model_has_one_visitor_at_a_time():
-    page = app.build(device="cpu")
+def test_the_queue_is_limited_and_the_model_has_one_visitor_at_a_time(page):
     assert page._queue.max_size == app.QUEUE
     shared = [block for block in page.fns.values() if block.api_name in ("draw", "edit", "ask", "learn")]
     assert {(block.concurrency_id, block.concurrency_limit) for block in shared} == {("model", 1)} and len(shared) == 4

@@ -112,7 +112,7 @@ def read_upload(upload: dict[str, Any] | None) -> Image.Image:
 
 def whole(name: str, value: Any) -> int:
     """A whole number from a slider or from JSON."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if not real(name, value).is_integer():
         raise ValueError(f"The {name} must be a whole number, got {value!r}.")
     return int(value)
 
@@ -156,7 +156,7 @@ def draw(
     """
     with told():
         numbers = whole("seed", seed), whole("size", size), whole("number of steps", steps)
-        order = model.Order(prompt, None, *numbers, real("guidance", guidance_scale))
+        order = model.Order(prompt or "", None, *numbers, real("guidance", guidance_scale))
         yield from draw_steps(order, progress)
 
 
@@ -183,7 +183,7 @@ def edit(
     with told():
         numbers = whole("number of steps", steps), real("guidance", guidance_scale)
         source = read_upload(picture)
-        order = model.Order(instruction.strip() or None, source, whole("seed", seed), None, *numbers)
+        order = model.Order((instruction or "").strip() or None, source, whole("seed", seed), None, *numbers)
         yield from draw_steps(order, progress)
 
 
@@ -198,7 +198,7 @@ def ask(picture: dict | None, question: str = "Describe the image.") -> str:
         The answer.
     """
     with told():
-        model.check_text(question, "Ask something, such as “Describe the image.”")
+        model.check_text(question or "", "Ask something, such as “Describe the image.”")
         return model.answer(read_upload(picture), question)
 
 
