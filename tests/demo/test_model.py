@@ -75,7 +75,7 @@ def test_the_mask_that_is_shown_is_the_one_that_hides(shipped, scene):
     hook = shipped.text_encoder.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    shown = model.hidden_patches(scene, 0.5, seed=8)
+    shown = model.hidden_patches(0.5, seed=8)
     drawn(Order(None, scene, seed=8, steps=1, mask_ratio=0.5))
     hook.remove()
     [read] = [kwargs for kwargs in seen if kwargs.get("image_mask") is not None]
@@ -85,7 +85,7 @@ def test_the_mask_that_is_shown_is_the_one_that_hides(shipped, scene):
 
 
 def test_a_higher_ratio_hides_more_and_shows_nothing_again(shipped, scene):
-    masks = [model.hidden_patches(scene, ratio, seed=2) for ratio in (0, 0.25, 0.5, 0.75, 0.95)]
+    masks = [model.hidden_patches(ratio, seed=2) for ratio in (0, 0.25, 0.5, 0.75, 0.95)]
     assert not masks[0].any()
     for less, more in pairwise(masks):
         assert (less <= more).all()
@@ -101,7 +101,7 @@ def test_patches_lie_where_their_tokens_look(shipped, scene):
             return shipped.text_encoder.image_features(inputs["pixel_values"])[0]
 
     read = model.as_read(shipped, scene)
-    before, side = tokens(read), len(model.hidden_patches(scene, 0, 0))
+    before, side = tokens(read), len(model.hidden_patches(0, 0))
     patch = read.width // side
     for index in (0, 1, side, side * side - 2):
         row, column = divmod(index, side)
@@ -111,7 +111,7 @@ def test_patches_lie_where_their_tokens_look(shipped, scene):
 
 
 def test_the_method_in_one_picture(shipped, scene):
-    hidden = model.hidden_patches(scene, 0.5, seed=8)
+    hidden = model.hidden_patches(0.5, seed=8)
     sheet = model.method_picture(scene, hidden, Image.new("RGB", (64, 64), "red"))
     side = sheet.height
     gap = (sheet.width - 3 * side) // 2

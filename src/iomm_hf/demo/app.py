@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from ..data.images import BadImage, load_image, resize_and_crop
@@ -155,8 +154,13 @@ def draw(
         The picture, after previews of it.
     """
     with told():
-        numbers = whole("seed", seed), whole("size", size), whole("number of steps", steps)
-        order = model.Order(prompt or "", None, *numbers, real("guidance", guidance_scale))
+        order = model.Order(
+            prompt or "",
+            seed=whole("seed", seed),
+            size=whole("size", size),
+            steps=whole("number of steps", steps),
+            guidance_scale=real("guidance", guidance_scale),
+        )
         yield from draw_steps(order, progress)
 
 
@@ -181,9 +185,13 @@ def edit(
         The changed picture, after previews of it.
     """
     with told():
-        numbers = whole("number of steps", steps), real("guidance", guidance_scale)
-        source = read_upload(picture)
-        order = model.Order((instruction or "").strip() or None, source, whole("seed", seed), None, *numbers)
+        order = model.Order(
+            (instruction or "").strip() or None,
+            read_upload(picture),
+            seed=whole("seed", seed),
+            steps=whole("number of steps", steps),
+            guidance_scale=real("guidance", guidance_scale),
+        )
         yield from draw_steps(order, progress)
 
 
@@ -223,7 +231,7 @@ def learn(
         source = read_upload(picture)
         order = model.Order(None, source, whole("seed", seed), mask_ratio=real("share to hide", mask_ratio))
         model.check(order)
-        hidden = model.hidden_patches(source, order.mask_ratio, order.seed)
+        hidden = model.hidden_patches(order.mask_ratio, order.seed)
         yield model.method_picture(source, hidden)
         for drawn in draw_steps(order, progress):
             yield model.method_picture(source, hidden, drawn)
@@ -235,12 +243,8 @@ def show_mask(picture: dict | None, mask_ratio: float, seed: int) -> tuple[Image
         return None, ""
     with told():
         source = read_upload(picture)
-        hidden = model.hidden_patches(source, mask_ratio, whole("seed", seed))
-    return model.method_picture(source, hidden), count_hidden(hidden)
-
-
-def count_hidden(hidden: np.ndarray) -> str:
-    return f"{hidden.sum()} of {hidden.size} patches hidden"
+        hidden = model.hidden_patches(real("share to hide", mask_ratio), whole("seed", seed))
+    return model.method_picture(source, hidden), f"{hidden.sum()} of {hidden.size} patches hidden"
 
 
 def check_upload(picture: dict | None):

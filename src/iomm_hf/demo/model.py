@@ -181,6 +181,8 @@ def draw(order: Order) -> Iterator[Step]:
     def run():
         try:
             with _drawing:  # a drawing that was stopped may still be at its last step
+                if stop.is_set():
+                    return
                 [picture] = pipeline(
                     **inputs(pipeline, order),
                     height=order.size,
@@ -216,22 +218,12 @@ def inputs(pipeline: IOMMPipeline, order: Order) -> dict[str, Any]:
         return {"prompt": order.prompt}
     if order.prompt is not None:
         return {"prompt": order.prompt, "image": resize_and_crop(order.picture, order.size or pipeline.resolution)}
-    tokens, hidden = read_masked(pipeline, order.picture, order.mask_ratio, order.seed)
+    tokens = pipeline.processor.encode([pipeline.processor.image_only(as_read(pipeline, order.picture))])
+    hidden = hidden_tokens(pipeline, tokens["input_ids"], order.mask_ratio, order.seed)
     device = pipeline._execution_device
     with torch.no_grad():
         output = pipeline.text_encoder(**tokens.to(device), image_mask=hidden.to(device))
     return {"prompt_embeds": output.condition, "prompt_embeds_mask": output.condition_mask}
-
-
-def read_masked(
-    pipeline: IOMMPipeline, picture: Image.Image, mask_ratio: float, seed: int
-) -> tuple[Any, torch.Tensor]:
-    """A picture as stage 1 reads it, and the mask over its sequence (1, length). Of one seed's masks, one of a higher
-    ratio hides what those below it hide and more."""
-    tokens = pipeline.processor.encode([pipeline.processor.image_only(as_read(pipeline, picture))])
-    generator = torch.Generator().manual_seed(seed)
-    hidden = draw_image_mask(tokens["input_ids"], pipeline.text_encoder.image_token_id, mask_ratio, [generator])
-    return tokens, hidden
 
 
 def as_read(pipeline: IOMMPipeline, picture: Image.Image) -> Image.Image:
@@ -240,12 +232,18 @@ def as_read(pipeline: IOMMPipeline, picture: Image.Image) -> Image.Image:
     return resize_and_crop(picture, (size["width"], size["height"]))
 
 
-def hidden_patches(picture: Image.Image, mask_ratio: float, seed: int) -> np.ndarray:
+def hidden_tokens(pipeline: IOMMPipeline, input_ids: torch.Tensor, mask_ratio: float, seed: int) -> torch.Tensor:
+    """The mask over a sequence with one picture, as stage 1 draws it. Of one seed's masks, one of a higher ratio hides
+    what those below it hide and more."""
+    generator = torch.Generator().manual_seed(seed)
+    return draw_image_mask(input_ids, pipeline.text_encoder.image_token_id, mask_ratio, [generator])
+
+
+def hidden_patches(mask_ratio: float, seed: int) -> np.ndarray:
     r"""
-    Which patches of a picture [`draw`] hides from the MLLM for a variation.
+    Which patches of any picture [`draw`] hides from the MLLM for a variation.
 
     Args:
-        picture (`PIL.Image.Image`): The picture, in RGB.
         mask_ratio (`float`): Share that is hidden, on average.
         seed (`int`): As in the [`Order`].
 
@@ -253,10 +251,11 @@ def hidden_patches(picture: Image.Image, mask_ratio: float, seed: int) -> np.nda
         `np.ndarray` of shape `(rows, columns)`, True where a patch is hidden.
     """
     pipeline = model()
-    tokens, hidden = read_masked(pipeline, picture, mask_ratio, seed)
-    patches = hidden[tokens["input_ids"] == pipeline.text_encoder.image_token_id]
-    side = int(len(patches) ** 0.5)  # InternVL's tokens of a view are a square, row by row
-    return patches.reshape(side, side).numpy()
+    count = pipeline.processor.image_seq_length
+    # The words around the picture draw nothing, so its tokens alone do; the tokenizer is left to who draws.
+    image = torch.full((1, count), pipeline.text_encoder.image_token_id)
+    side = int(count**0.5)  # InternVL's tokens of a view are a square, row by row
+    return hidden_tokens(pipeline, image, mask_ratio, seed).reshape(side, side).numpy()
 
 
 @gpu

@@ -86,7 +86,7 @@ def publish_space(
     writing.mkdir(parents=True)
     for name in SPACE_FILES:
         shutil.copyfile(FILES / name, writing / name)
-    shutil.copytree(PACKAGE, writing / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, writing / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", FILES.name))
     if checkpoint is not None:
         card = SpaceCard.load(writing / "README.md")
         card.data.models = [checkpoint]
