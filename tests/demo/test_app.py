@@ -21,6 +21,12 @@ from iomm_hf.demo import app, model
 
 
 @pytest.fixture(scope="module")
+def http(address):
+    with httpx.Client(base_url=address, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
 def api(address, tmp_path_factory):
     return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
@@ -129,18 +135,18 @@ def test_uploads_come_upright_and_in_rgb(photo):
         app.read_upload({"url": "data:image/png;base64,AAAA", "path": None})
 
 
-def test_the_server_takes_no_heavy_uploads_and_reads_no_files_of_its_own(address):
-    heavy = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", bytes(app.MAX_BYTES + 1))})
+def test_the_server_takes_no_heavy_uploads_and_reads_no_files_of_its_own(http):
+    heavy = http.post("gradio_api/upload", files={"files": ("a.png", bytes(app.MAX_BYTES + 1))})
     assert heavy.status_code == 413
     file = {"path": __file__, "meta": {"_type": "gradio.FileData"}}
-    asked = httpx.post(f"{address}gradio_api/call/ask", json={"data": [file, "Describe the image."]}).json()
-    answer = httpx.get(f"{address}gradio_api/call/ask/{asked['event_id']}").text
+    asked = http.post("gradio_api/call/ask", json={"data": [file, "Describe the image."]}).json()
+    answer = http.get(f"gradio_api/call/ask/{asked['event_id']}").text
     assert "event: error" in answer and "event: complete" not in answer
 
 
-def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, address, page):
+def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, http, page):
     with open(app.HERE / "pictures" / "1 a red circle.png", "rb") as file:
-        [upload] = httpx.post(f"{address}gradio_api/upload", files={"files": ("mine.png", file)}).json()
+        [upload] = http.post("gradio_api/upload", files={"files": ("mine.png", file)}).json()
     api.predict("a star", 0, 64, 1, api_name="/draw")
     files = {Path(upload), *(Path(name) for files in page.temp_file_sets for name in files if name.endswith(".png"))}
     assert all(file.is_file() for file in files) and len(files) > 1
@@ -149,10 +155,10 @@ def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, address, 
     assert not any(file.exists() for file in files - kept) and Path(upload) not in kept
 
 
-def test_nothing_is_kept_and_nothing_phones_home(address):
-    config = httpx.get(f"{address}config").json()
+def test_nothing_is_kept_and_nothing_phones_home(http):
+    config = http.get("config").json()
     assert config["analytics_enabled"] is False and config["run_history"] is False
-    page = httpx.get(address).text
+    page = http.get("").text
     assert "fonts.googleapis.com" not in page and "cdnjs" not in page
 
 
