@@ -164,5 +164,6 @@ def test_demo_without_gradio_names_the_extra(monkeypatch):
 
 
 def test_demo_refuses_what_it_cannot_show():
-    done = run("--checkpoint", "nobody/nothing", command="demo")
-    assert done.exit_code == 2 and "nobody/nothing" in done.stderr and done.stderr.count("\n") == 1
+    for option, value in (("--checkpoint", "nobody/nothing"), ("--device", "abacus")):
+        done = run(option, value, command="demo")
+        assert done.exit_code == 2 and value in done.stderr and done.stderr.splitlines()[-1].startswith("Error: ")

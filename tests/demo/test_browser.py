@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; Debian's is `apt install chromium`"),
 ]
-PATIENCE = 40_000  # ms: a busy machine draws slowly
+PATIENCE = 60_000  # ms: a busy machine draws slowly
 
 
 @pytest.fixture(scope="module")

@@ -90,12 +90,19 @@ def load(checkpoint: str | None = None, device: str | None = None) -> IOMMPipeli
 
     Raises:
         `OSError`: there is no such checkpoint.
+        `ValueError`: there is no such device.
     """
     global _pipeline
-    pipeline = IOMMPipeline.from_pretrained(checkpoint or shipped_model())
+    try:
+        pipeline = IOMMPipeline.from_pretrained(checkpoint or shipped_model())
+    except OSError as error:  # the Hub's client does not always say which id it misses
+        raise OSError(f"The checkpoint {checkpoint} does not load: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    # Asked this way, ZeroGPU answers yes where it will only later lend one.
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        # Asked this way, ZeroGPU answers yes where it will only later lend a GPU.
+        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # torch's for a device that it does not know
+        raise ValueError(f"The device {device} cannot be used: {error}") from error
     _pipeline = pipeline
     return pipeline
 
