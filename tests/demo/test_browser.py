@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; Debian's is `apt install chromium`"),
 ]
-PATIENCE = 60_000  # ms: a busy machine draws slowly
+PATIENCE = 180_000  # ms: a busy machine draws slowly
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_ask(visit, tmp_path):
     tab(page, "Ask")
     expect(picture(page, "Picture")).to_be_visible()
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.get_by_label("Answer")).to_have_value(re.compile("purple circle .*yellow cross"))
+    expect(page.get_by_label("Answer")).to_have_value("a green star above a pink circle")
     shot(page, tmp_path, "ask")
 
 
