@@ -150,7 +150,7 @@ def test_what_cannot_be_used_ends_with_two_and_says_why(tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "ask", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "edit", "ask", "evaluate", "demo"])
 def test_help_names_every_option_without_loading_torch(command):
     code = f"import sys; from iomm_hf.cli import app; sys.argv = ['iomm-hf', '{command}', '--help']\n"
     code += "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
@@ -158,9 +158,8 @@ def test_help_names_every_option_without_loading_torch(command):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )
     assert done.stdout.endswith("0 False\n"), done.stderr
-    assert all(
-        option in done.stdout for option in ("--device", "--json", "--seed" if command != "ask" else "--checkpoint")
-    )
+    wanted = {"ask": "--checkpoint", "demo": "--checkpoint"}.get(command, "--seed")
+    assert all(option in done.stdout for option in ("--device", "--json", wanted))
 
 
 def evaluate(output, *arguments: str):
@@ -232,3 +231,16 @@ def test_a_judge_is_not_asked_unasked(tmp_path, monkeypatch):
         done = evaluate(tmp_path / "run", *arguments, "--yes", "--json")
         assert done.exit_code == 0, done.output
         assert len(server.requests) == 4 and json.loads(done.stdout)["scores"]["overall"]["value"] == 100.0
+
+
+def test_demo_without_gradio_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    for command in (["demo"], ["publish-space", "me/demo"]):
+        done = run(*command[1:], command=command[0])
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "pip install 'iomm-hf[demo]'" in done.stderr
+
+
+def test_demo_refuses_what_it_cannot_show():
+    for option, value in (("--checkpoint", "nobody/nothing"), ("--device", "abacus")):
+        done = run(option, value, command="demo")
+        assert done.exit_code == 2 and value in done.stderr and done.stderr.splitlines()[-1].startswith("Error: ")

@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .hub.publish import Published
     from .pipeline_iomm import IOMMPipeline
 
 app = typer.Typer(help="IOMM for Hugging Face.", no_args_is_help=True, add_completion=False)
@@ -499,6 +500,7 @@ def publish(
     data: Annotated[str | None, typer.Option(help="What to say of the training data.")] = None,
     cost: Annotated[str | None, typer.Option(help="What to say of the cost. Default: the run's own count.")] = None,
     limits: Annotated[str | None, typer.Option(help="What to say of limits, beside the usual.")] = None,
+    as_json: JsonOption = False,
 ):
     """Upload a checkpoint with its model card, and load it back to check."""
     from .hub.publish import PROMPTS
@@ -529,9 +531,80 @@ def publish(
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    for file in sorted(path for path in done.folder.rglob("*") if path.is_file()):
+    report_published(done, as_json, "it loads and draws as before")
+
+
+@app.command("publish-space")
+def publish_space(
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The Space on the Hub.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Hub id that the Space draws with. Default: the tiny model, which goes along.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new Space. Default: the account's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Write and check what would be uploaded, and upload nothing.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where that is written. Default: outputs/spaces/...")] = None,
+    as_json: JsonOption = False,
+):
+    """Upload the demo as a Space of your own, with the code that it needs."""
+    require_gradio()
+    from .hub.space import publish_space as publish
+
+    with refusals():
+        done = publish(repo_id, checkpoint=checkpoint, private=private, dry_run=dry_run, output_dir=output)
+    report_published(done, as_json, "it builds its page and draws")
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="IOMM_CHECKPOINT",
+            help="Pipeline folder or Hub id. Default: the tiny model that comes with the package.",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port to listen at. Default: the first free one from 7860.")] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: JsonOption = False,
+):
+    """Draw, edit, ask and see how it learns, on a page of your own. Ends with Ctrl-C."""
+    require_gradio()
+    from .demo.app import build, launch_options
+
+    with refusals():
+        page = build(checkpoint, device)
+        options = {"server_name": host, "server_port": port, "inbrowser": browser, "prevent_thread_lock": True}
+        _, url, _ = page.launch(**launch_options() | options)
+    mcp = f"{url}gradio_api/mcp/" if page.mcp_server else None
+    if as_json:
+        typer.echo(json.dumps({"url": url, "mcp": mcp, "checkpoint": checkpoint}, indent=2))
+    else:
+        typer.echo(f"The demo is at {url}" + (f", its MCP server at {mcp}" if mcp else "") + ". Ctrl-C ends it.")
+    sys.stdout.flush()  # before the wait
+    page.block_thread()
+
+
+def require_gradio():
+    if find_spec("gradio") is None:
+        typer.echo("Error: the demo needs Gradio, which is not installed: pip install 'iomm-hf[demo]'.", err=True)
+        raise typer.Exit(2)
+
+
+def report_published(done: "Published", as_json: bool, checked: str):
+    """What was written and where it went."""
+    files = sorted(path for path in done.folder.rglob("*") if path.is_file())
+    if as_json:
+        names = [str(path.relative_to(done.folder)) for path in files]
+        report = {"repo_id": done.repo_id, "commit": done.commit, "folder": str(done.folder), "files": names}
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for file in files:
         typer.echo(f"{file.stat().st_size:>14,}  {file.relative_to(done.folder)}")
     if done.commit is None:
-        typer.echo(f"Dry run: nothing was uploaded. {done.folder} is what would be; it loads and draws as before.")
+        typer.echo(f"Dry run: nothing was uploaded. {done.folder} is what would be; {checked}.")
     else:
-        typer.echo(f"Published {done.repo_id} at commit {done.commit}; it loads back and draws as before.")
+        typer.echo(f"Published {done.repo_id} at commit {done.commit}; {checked}.")

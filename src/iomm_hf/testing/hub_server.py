@@ -256,6 +256,15 @@ class LocalHub:
     def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
         return (self._folder(repo_id, repo_type) / "private").exists()
 
+    def variables(self, repo_id: str) -> dict[str, str]:
+        """The variables of a Space."""
+        self.refs(repo_id, "space")  # raises for a missing one
+        path = self._folder(repo_id, "space") / "variables.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def set_variables(self, repo_id: str, variables: Mapping[str, str]) -> None:
+        write_whole(self._folder(repo_id, "space") / "variables.json", json.dumps(dict(variables)).encode())
+
     def refs(self, repo_id: str, repo_type: str) -> dict[str, dict[str, str]]:
         path = self._folder(repo_id, repo_type) / "refs.json"
         if not path.exists():
@@ -381,7 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as error:
             self._reply_json({"error": str(error)}, error.status, error.headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
     def _dispatch(self, target: str) -> None:
         authorization = self.headers.get("Authorization")
@@ -459,6 +468,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply_json({**answer, "error": str(error)}, error.status, error.headers)
         else:
             self._reply_json(answer)
+
+    @_route("GET", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", needs_token=True)
+    @_route("POST", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", needs_token=True)
+    @_route("DELETE", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", needs_token=True)
+    def _variables(self, repo_id: str) -> None:
+        request = json.loads(self.body) if self.body else {}
+        variables = self.hub.variables(repo_id)
+        if self.command == "POST":
+            variables[request["key"]] = request["value"]
+        elif self.command == "DELETE":
+            variables.pop(request["key"], None)
+        self.hub.set_variables(repo_id, variables)
+        self._reply_json({key: {"key": key, "value": value} for key, value in variables.items()})
 
     @_route("GET", rf"{API}(?:/revision/{REVISION})?")
     def _repo_info(self, repo_id: str, revision: str, repo_type: str) -> None:
