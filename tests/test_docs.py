@@ -31,7 +31,6 @@ import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
-from sphinx.cmd.build import build_main
 from trl import TrlParser
 from typer.testing import CliRunner
 
@@ -76,9 +75,11 @@ PAGES = sorted(str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglo
 BASH = [pytest.param(block, id=f"{page}-{i}") for page in PAGES for i, block in enumerate(blocks(page, "bash"))]
 
 
-def test_pages_build_without_a_warning(tmp_path, capfd):
-    status = build_main(["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(DOCS), str(tmp_path / "html")])
-    assert status == 0, capfd.readouterr().err
+def test_pages_build_without_a_warning(tmp_path):
+    # As `make docs` does, in a process of its own: autodoc replaces default values of the functions that it shows.
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees")]
+    done = subprocess.run([*build, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "html/reference/pipeline.html").read_text()
     assert "num_inference_steps" in page and "Strength of guidance" in page  # from the docstring
     assert "Learned queries; 0: none" in (tmp_path / "html/reference/settings.html").read_text()
