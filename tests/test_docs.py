@@ -39,7 +39,7 @@ from iomm_hf.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GUIDES = ["train", "fine-tune", "lora", "publish", "evaluate", "scale"]  # a reader's way through them
+GUIDES = ["train", "fine-tune", "lora", "publish", "demo", "evaluate", "scale"]  # a reader's way through them
 BLOCK = re.compile(
     r"(?:^<!-- (test|checked, not run):(.*?)-->\n)?^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
