@@ -16,9 +16,9 @@ def pipeline():
     return IOMMPipeline.from_pretrained(shipped_model())
 
 
-@pytest.fixture(params=BOUND_TASKS)
-def scenes(request):
-    return [corpus_scene(5, index, tasks=(request.param,)) for index in range(48)]
+@pytest.fixture
+def scenes():
+    return [corpus_scene(5, index, tasks=BOUND_TASKS) for index in range(96)]
 
 
 def test_the_shipped_mllm_reads(pipeline):
@@ -27,7 +27,7 @@ def test_the_shipped_mllm_reads(pipeline):
 
 
 def test_the_shipped_generator_prefers_the_true_caption(pipeline, scenes):
-    assert generator_binding(pipeline, scenes, draws=4).accuracy > 0.7  # a bag of words: a half
+    assert generator_binding(pipeline, scenes, draws=4).low > 0.5  # a bag of words gets half of them right
 
 
 def test_a_fresh_mllm_cannot_read():
