@@ -16,7 +16,7 @@ endef
 .PHONY: help setup quickstart test test-slow reproduce-quick reproduce docs lint format clean
 
 help:
-	@echo "make quickstart  set up, train both stages of a tiny IOMM (about twelve minutes), draw pictures"
+	@echo "make quickstart  set up, train both stages of a tiny IOMM (about seven minutes), draw pictures"
 	@echo "make test        set up and run the tests (under ten minutes on two cores)"
 	@echo "make test-slow   the longer checks as well"
 	@echo "make reproduce-quick  one seed of the six recipes"

@@ -1,4 +1,4 @@
-"""IOMM in about twelve minutes on two CPU cores: what a trained model draws, then both stages from nothing.
+"""IOMM in about seven minutes on two CPU cores: what a trained model draws, then both stages from nothing.
 
     make quickstart        # or: python recipes/quickstart.py
 
