@@ -353,7 +353,7 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                     prompt = gr.Textbox(
                         PROMPTS[1],
                         label="What to draw",
-                        lines=2,
+                        lines=1,  # so that Enter draws
                         max_lines=4,
                         max_length=model.MAX_TEXT,
                         autofocus=True,
