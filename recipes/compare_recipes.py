@@ -404,9 +404,9 @@ def write_report(config: CompareConfig, name: str):
 
 
 def plot_scores(study: Study, scored: list[tuple[Arm, list[float]]], path: Path):
-    """Curves over `x`, or bars; a dot a seed."""
+    """Curves over `x`, or bars where there is no curve yet; a dot a seed."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
-    if study.x_label is None:
+    if study.x_label is None or len({arm.x for arm, _ in scored}) == 1:
         for position, (_, values) in enumerate(scored):
             axis.bar(position, statistics.fmean(values), color="tab:blue")
             axis.scatter([position] * len(values), values, color="black", s=12, zorder=2)

@@ -16,12 +16,12 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, unquote
+
+from .local_server import LocalServer
 
 
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # the Hub's first commit holds such a file
@@ -100,7 +100,7 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial_path, path)
 
 
-class LocalHub:
+class LocalHub(LocalServer):
     """
     A Hub that runs in a background thread while the context is open, and keeps its repos in a folder.
 
@@ -136,19 +136,13 @@ class LocalHub:
         self._lock = threading.RLock()
         (self.root / "blobs").mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> Self:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
+    @property
+    def endpoint(self) -> str:
+        """Where clients find it."""
+        return f"http://127.0.0.1:{self.port}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def handle(self, *connection: Any) -> BaseHTTPRequestHandler:
+        return _Handler(self, *connection)
 
     def environment(self, home: str | Path | None = None) -> dict[str, str]:
         """

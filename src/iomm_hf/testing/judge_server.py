@@ -7,16 +7,16 @@ JSON, JSON that is no completion, or a connection cut half-way.
 import json
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from .local_server import LocalServer
 
 
 Reply = str | Mapping[str, Any]  # the answer's text, or fields of the choice: `content`, `refusal`, `finish_reason`
 
 
-class LocalJudge:
+class LocalJudge(LocalServer):
     """
     A server in a background thread while the context is open.
 
@@ -48,19 +48,13 @@ class LocalJudge:
         self._failures: list[int | str] = []
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
-        self.address = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
+    @property
+    def address(self) -> str:
+        """Where clients find it."""
+        return f"http://127.0.0.1:{self.port}/v1"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def handle(self, *connection: Any) -> BaseHTTPRequestHandler:
+        return _Handler(self, *connection)
 
     def fail_next(self, *kinds: int | str):
         """
