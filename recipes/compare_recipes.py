@@ -229,7 +229,9 @@ def prepare(config: CompareConfig, kind: str, number: int) -> str:
         if not (progress.exists() and json.loads(progress.read_text())["done"]):
             write_shards(drawn, number, seed=11 if captions else 10, captions=captions, layout="parquet")
             source = {"path": str(drawn)} | ({"caption_column": "prompt"} if captions else {})
-            run("precompute_latents.py", {"source": source, "preset": "tiny", "output_dir": str(cached)})
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            settings = {"source": source, "preset": "tiny", "device": device, "output_dir": str(cached)}
+            run("precompute_latents.py", settings)
     return str(cached)
 
 
@@ -284,10 +286,12 @@ def train_and_score(config: CompareConfig, arm: Arm, seed: int):
 def score(config: CompareConfig, final: Path, path: Path):
     """Scores a finished run and draws the prompts of the sheet beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pipeline = IOMMPipeline.from_pretrained(final)
+    on_gpu = torch.cuda.is_available()
+    pipeline = IOMMPipeline.from_pretrained(final).to("cuda" if on_gpu else "cpu")
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
     sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
-    drawn = draw_plan(pipeline, plan, **sampling)
+    drawing = sampling | {"batch_size": 200 if on_gpu else 16}
+    drawn = draw_plan(pipeline, plan, **drawing)
     report = score_pictures(drawn, [item.metadata for item in plan], seeds=[item.seed for item in plan])
     samples = draw_plan(pipeline, [BenchmarkPicture({"prompt": prompt}, 0) for prompt in PROMPTS], **sampling)
     strip = Image.new("RGB", (sum(sample.width for sample in samples), samples[0].height))

@@ -42,16 +42,18 @@ class ScoreConfig(ScoringOptions):
 def through_autoencoder(pipeline: IOMMPipeline, pictures: list[np.ndarray]) -> list[np.ndarray]:
     drawn = []
     for part in torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).split(64):
-        latents = draw_latents(pipeline.vae, pipeline.vae.encode(part / 127.5 - 1).latent_dist)
+        latents = draw_latents(pipeline.vae, pipeline.vae.encode(part.to(pipeline.device) / 127.5 - 1).latent_dist)
         drawn.append(((decode_latents(pipeline.vae, latents) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-    return list(torch.cat(drawn).permute(0, 2, 3, 1).numpy())
+    return list(torch.cat(drawn).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def main(config: ScoreConfig):
-    pipeline = IOMMPipeline.from_pretrained(config.checkpoint)
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    pipeline = IOMMPipeline.from_pretrained(config.checkpoint).to(device)
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
     metadata, seeds = [picture.metadata for picture in plan], [picture.seed for picture in plan]
-    settings = config.sampling
+    settings = config.sampling | {"batch_size": 200 if on_gpu else 16}
     reports: dict[str, ShapesReport] = {}
 
     def score(name: str, pictures: list):
@@ -68,17 +70,17 @@ def main(config: ScoreConfig):
         score("variations of rendered truth", draw_batches(pipeline, noise, **settings, image=scenes))
         score("shuffled prompts", draw_plan(pipeline, plan, **settings, shuffle_conditions=True))
         torch.manual_seed(0)
-        pipeline.transformer = type(pipeline.transformer)(**dict(pipeline.transformer.config)).eval()
+        pipeline.transformer = type(pipeline.transformer)(**dict(pipeline.transformer.config)).eval().to(device)
         score("untrained generator", draw_plan(pipeline, plan, **settings))
 
     for name, rival in config.rivals.items():
-        score(name, draw_plan(IOMMPipeline.from_pretrained(rival), plan, **settings))
+        score(name, draw_plan(IOMMPipeline.from_pretrained(rival).to(device), plan, **settings))
 
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_json(
         output / "score.json",
-        {"checkpoint": config.checkpoint, "beside": config.rivals, **settings}
+        {"checkpoint": config.checkpoint, "beside": config.rivals, **config.sampling}
         | {name: report.to_dict() for name, report in reports.items()},
     )
     firsts = {task: [i for i, item in enumerate(metadata) if item["tag"] == task][:6] for task in TASKS}

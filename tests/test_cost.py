@@ -131,10 +131,17 @@ def test_memory_is_what_training_takes(flux, heads, batch_size, dominant):
     [
         ({"preset": "base", "batch_size": 16}, 103.1),
         ({"preset": "base", "batch_size": 32, "gradient_checkpointing": True}, 47.2),
+        # pretrain_image_only.py, frozen parts of full_size.py --frozen_dir
+        (
+            {"preset": "base", "batch_size": 16, "gradient_checkpointing": True, "gradient_accumulation": 2, "ema": False},
+            38.6,
+        ),
+        ({"preset": "large", "batch_size": 8}, 97.7),
+        ({"preset": "large", "batch_size": 16, "gradient_checkpointing": True}, 63.1),
         pytest.param({**XL, "batch_size": 8}, 82.2, marks=pytest.mark.slow),
         pytest.param({**XL, "batch_size": 16}, 86.6, marks=pytest.mark.slow),
     ],
-    ids=["base", "base-checkpointed", "xl-8", "xl-16"],
+    ids=["base", "base-checkpointed", "base-accumulated", "large", "large-checkpointed", "xl-8", "xl-16"],
 )
 def test_memory_is_what_a_gpu_took(options, measured):
     """GB that PyTorch had allocated at most on an H200: benchmarks/results/h200, written by benchmarks/full_size.py."""

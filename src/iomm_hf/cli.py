@@ -39,6 +39,7 @@ def estimate(
     optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
     ema: Annotated[bool, typer.Option(help="Hold averaged weights.")] = True,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forward passes an optimizer step.")] = 1,
     cached_latents: Annotated[bool, typer.Option(help="Latents were computed before.")] = False,
     cached_vision_tokens: Annotated[bool, typer.Option(help="Image tokens were computed before.")] = False,
     images: Annotated[
@@ -66,6 +67,7 @@ def estimate(
             optimizer=optimizer,  # type: ignore[arg-type]
             ema=ema,
             gradient_checkpointing=gradient_checkpointing,
+            gradient_accumulation=gradient_accumulation,
             cached_latents=cached_latents,
             cached_vision_tokens=cached_vision_tokens,
             images=images,

@@ -261,6 +261,7 @@ def estimate_training(
     optimizer: Literal["adamw", "muon"] = "adamw",
     ema: bool = True,
     gradient_checkpointing: bool = False,
+    gradient_accumulation: int = 1,
     cached_latents: bool = False,
     cached_vision_tokens: bool = False,
     images: int = PAPER_IMAGES,
@@ -283,6 +284,8 @@ def estimate_training(
         optimizer (`str`, *optional*, defaults to `"adamw"`): `adamw` or `muon` (one momentum for matrices).
         ema (`bool`, *optional*, defaults to `True`): Whether averaged weights are held.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Recompute activations.
+        gradient_accumulation (`int`, *optional*, defaults to 1): Forward passes an optimizer step; from two on, gradients are
+            held during the forward pass.
         cached_latents (`bool`, *optional*, defaults to `False`): Latents were computed before.
         cached_vision_tokens (`bool`, *optional*, defaults to `False`): Image tokens were computed before.
         images (`int`, *optional*, defaults to 110,000,000): Samples of the run.
@@ -313,6 +316,7 @@ def estimate_training(
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be in (0, 1], got {utilisation}.")
     numbers = {"resolution": resolution, "batch_size": batch_size, "gpus": gpus, "wording_tokens": wording_tokens}
+    numbers["gradient_accumulation"] = gradient_accumulation
     for name, value in (numbers | {"images": images, "peak_tflops": peak_tflops}).items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}.")
@@ -357,11 +361,13 @@ def estimate_training(
         "optimizer": (8 * trained - (4 * matrices if optimizer == "muon" else 0)) // shards,
         "EMA": 4 * trained // shards if ema else 0,
     }
-    # The graph keeps them for the backward pass, whole even where weights are shared out. With checkpointing they are gone
-    # before the gradients, which take more, are there.
+    # The graph keeps them for the backward pass, whole even where weights are shared out. With checkpointing they live in the
+    # forward pass alone: there they meet only gradients that are accumulated, or that DDP's buckets hold all the time.
     copies = 2 * sum(count_weights(layer) for layer in layers) if low_precision else 0
-    static = {"plain": sum(memory.values()) + copies, "checkpointed": sum(memory.values())}
-    memory["autocast copies"] = 0 if gradient_checkpointing else copies
+    gradients_held = gradient_accumulation > 1 or (gpus > 1 and sharding == "ddp")
+    checkpointed_copies = copies if gradients_held else 0
+    static = {"plain": sum(memory.values()) + copies, "checkpointed": sum(memory.values()) + checkpointed_copies}
+    memory["autocast copies"] = checkpointed_copies if gradient_checkpointing else copies
     memory["activations"] = batch_size * activations["checkpointed" if gradient_checkpointing else "plain"]
     largest_batch = {
         str(size): {

@@ -180,7 +180,8 @@ def train(config: TrainingConfig) -> Path:
         )
         for optimizer in optimizers
     ]
-    ema = EMAModel(module.trainable_parameters(), decay=config.ema_decay) if config.ema_decay else None
+    # `foreach` needs the memory of the gradients once more, when those are gone.
+    ema = EMAModel(module.trainable_parameters(), decay=config.ema_decay, foreach=True) if config.ema_decay else None
 
     # 4. Resume
     step = 0
