@@ -133,7 +133,13 @@ def test_memory_is_what_training_takes(flux, heads, batch_size, dominant):
         ({"preset": "base", "batch_size": 32, "gradient_checkpointing": True}, 47.2),
         # pretrain_image_only.py, frozen parts of full_size.py --frozen_dir
         (
-            {"preset": "base", "batch_size": 16, "gradient_checkpointing": True, "gradient_accumulation": 2, "ema": False},
+            {
+                "preset": "base",
+                "batch_size": 16,
+                "gradient_checkpointing": True,
+                "gradient_accumulation": 2,
+                "ema": False,
+            },
             38.6,
         ),
         ({"preset": "large", "batch_size": 8}, 97.7),
