@@ -38,6 +38,7 @@ from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
 from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, score_pictures
 from iomm_hf.presets import get_preset
+from iomm_hf.software import software
 from iomm_hf.training.checkpoints import write_json
 
 
@@ -280,12 +281,24 @@ def train_and_score(config: CompareConfig, arm: Arm, seed: int):
         first = seed % config.pretrain_seeds
         name = f"{name_of('pretrain', arm.pretrain, num_pairs)}-seed_{first}"
         start = train(config, name, pretrain | arm.pretrain, num_pairs, first, None)
-        score(config, train(config, path.stem, finetune | arm.finetune, num_pairs, seed, start), path)
+        final = train(config, path.stem, finetune | arm.finetune, num_pairs, seed, start)
+        score(config, start, final, path)
 
 
-def score(config: CompareConfig, final: Path, path: Path):
+def hours(run: Path) -> float:
+    """That a run trained, by its own log."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    before = [0, *(row["images"] for row in rows)]
+    seconds = sum(
+        (row["images"] - images) / row["images_per_second"] for row, images in zip(rows, before, strict=False)
+    )
+    return round(seconds / 3600, 3)
+
+
+def score(config: CompareConfig, start: Path, final: Path, path: Path):
     """Scores a finished run and draws the prompts of the sheet beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     on_gpu = torch.cuda.is_available()
     pipeline = IOMMPipeline.from_pretrained(final).to("cuda" if on_gpu else "cpu")
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
@@ -300,7 +313,10 @@ def score(config: CompareConfig, final: Path, path: Path):
     strip.save(path.with_suffix(".png"))
     cases = edit_cases(config.edits_per_kind)
     edits = score_edits(draw_edits(pipeline, cases, **sampling), cases)
-    write_json(path, report.to_dict() | {"edits": edits.to_dict()} | sampling)
+    cost = {"pretrain": hours(start.parent), "finetune": hours(final.parent)}
+    cost["score"] = round((time.monotonic() - began) / 3600, 3)
+    machine = {"device": pipeline.device.type, "processes": config.num_processes}
+    write_json(path, report.to_dict() | {"edits": edits.to_dict()} | sampling | machine | {"hours": cost} | software())
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -369,12 +385,17 @@ def write_report(config: CompareConfig, name: str):
     study = STUDIES[name]
     reports: dict[str, dict[int, dict]] = {}
     strips: dict[str, Path] = {}
+    took: dict[str, float] = {}  # hours by what was done, as arms share trainings
     for arm in study.arms:
         for seed in config.seeds or study.seeds:
             path = score_file(config, arm, seed)
             if path.exists():
-                reports.setdefault(arm.label, {})[seed] = json.loads(path.read_text())
+                report = json.loads(path.read_text())
+                reports.setdefault(arm.label, {})[seed] = report
                 strips.setdefault(arm.label, path.with_suffix(".png"))
+                pretrained = f"{path.stem.split('-finetune')[0]}-{seed % config.pretrain_seeds}"
+                took |= {pretrained: report["hours"]["pretrain"]}
+                took |= {path.stem: report["hours"]["finetune"] + report["hours"]["score"]}
     arms = [arm for arm in study.arms if arm.label in reports]
     folder = Path(config.results_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -382,6 +403,9 @@ def write_report(config: CompareConfig, name: str):
     tasks = {label: [report["tasks"] for report in of.values()] for label, of in reports.items()}
     edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
     kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
+    everything = [report for of in reports.values() for report in of.values()]
+    machines = {"a GPU" if report["device"] == "cuda" else "one core" for report in everything}
+    commits = {(report["commit"] or "unknown")[:7] for report in everything}
     lines = [
         study.question + ".",
         "",
@@ -391,8 +415,12 @@ def write_report(config: CompareConfig, name: str):
         "",
         *score_table(arms, edits, kinds, {}),
         *difference_table(study, edits, {}),
+        f"`python recipes/compare_recipes.py --studies {name}`: {6 * config.pictures_per_task} pictures and"
+        f" {3 * config.edits_per_kind} edits a score, {config.num_inference_steps} sampling steps, guidance"
+        f" {config.guidance_scale}; {sum(took.values()):.1f} hours of {' or '.join(sorted(machines))}, trainings that arms share"
+        f" counted once; commits {', '.join(sorted(commits))}.",
     ]
-    (folder / "table.md").write_text("\n".join(lines[:-1]) + "\n")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
 
     plot_scores(
         study, [(arm, [mean["value"] for mean in scores[arm.label].values()]) for arm in arms], folder / "scores.png"

@@ -40,10 +40,13 @@ def config(module, tmp_path):
 
 
 def test_only_what_is_missing_is_run(module, config, tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "untrained")
+    untrained = tmp_path / "untrained/final"
+    tiny_pipeline().save_pretrained(untrained)
+    rows = [{"images": 3600, "images_per_second": 2.0}, {"images": 7200, "images_per_second": 1.0}]
+    (untrained.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for arm in module.STUDIES["six_recipes"].arms:
         if arm.label != "image > mix":
-            module.score(config, tmp_path / "untrained", module.score_file(config, arm, 0))
+            module.score(config, untrained, untrained, module.score_file(config, arm, 0))
     module.main(config)
     pretrained, finetuned = (
         "pretrain_mix_ratio=1.0-seed_0",
@@ -60,6 +63,8 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
     table = (report / "table.md").read_text()
     assert "| image > mix | 0.89 | 0.000 | 0.000 [0.000, " in table
     assert table.count("not told apart, by the pictures of one training each") == 2 * len(comparisons)  # and edits
+    # Fine-tunings of 1.5 hours each, and pre-training on pairs; the one on pictures was run just now.
+    assert "6 pictures and 3 edits a score" in table and "; 9.0 hours of one core, trainings that arms share" in table
     assert all((report / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
     with pytest.raises(ValueError, match="a study with another num_pairs"):
         module.main(replace(config, num_pairs=4))
@@ -78,6 +83,9 @@ def write_scores(module, config, study: str, values: dict[str, list[float]]):
                     "overall": {"value": 0.0, "low": 0.0, "high": 0.02},
                     "correct": {kind: {"accuracy": 0.0} for kind in KINDS},
                 },
+                "hours": {"pretrain": 1.0, "finetune": 0.5, "score": 0.25},
+                "device": "cpu",
+                "commit": None,
             }
             path.write_text(json.dumps(report))
             module.Image.new("RGB", (64 * len(module.PROMPTS), 64)).save(path.with_suffix(".png"))
@@ -118,7 +126,7 @@ def test_what_another_process_is_at_is_left_to_it(module, config, monkeypatch):
     monkeypatch.setattr(
         module,
         "score",
-        lambda config, final, path: write_scores(module, config, "adapter", {arms[1].label: [0.5]}),
+        lambda config, start, final, path: write_scores(module, config, "adapter", {arms[1].label: [0.5]}),
     )
 
     def other_process_ends(seconds):
