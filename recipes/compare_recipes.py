@@ -15,11 +15,12 @@ On CPU a run takes one core. Start the same command once a core: each takes what
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
 from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, score_pictures
 from iomm_hf.presets import get_preset
+from iomm_hf.shipped import shipped_model
 from iomm_hf.software import software
 from iomm_hf.training.checkpoints import write_json
 
@@ -53,8 +55,8 @@ class Arm:
 
     label: str
     pretrain: dict[str, Any]
-    finetune: dict[str, Any]
-    paper: float | None = None  # GenEval overall there
+    finetune: dict[str, Any] | None  # None: pre-training alone
+    paper: float | None = None  # GenEval overall there; of a study of edits, ImgEdit-Bench's
     x: float | None = None  # its place on the plot's axis
     series: str = ""  # the curve that it belongs to
     num_pairs: int | None = None  # default: the config's
@@ -69,9 +71,11 @@ class Study:
     comparisons: list[tuple[str, str]]
     seeds: tuple[int, ...] = (0,)
     x_label: str | None = None  # None: bars
+    edits: bool = False  # it is about edits, and so are the paper's figures
 
 
 PICTURES, PAIRS, BOTH = {"mix_ratio": 1.0}, {"mix_ratio": 0.0}, {"mix_ratio": 0.5}
+QUERIES = {"condition_tokens": "queries", "num_queries": 16}
 STUDIES = {
     "six_recipes": Study(
         "Pre-training on pictures or on pairs, fine-tuning on pictures, pairs or both (paper: after 5 and 10 epochs)",
@@ -94,6 +98,13 @@ STUDIES = {
         ],
         seeds=(0, 1, 2),
     ),
+    "editing": Study(
+        "Edits after pre-training alone, on pictures or on pairs (paper: ImgEdit-Bench, 1 to 5)",
+        [Arm("image", PICTURES, None, 2.82), Arm("pair", PAIRS, None, 2.61)],
+        [("image", "pair")],
+        seeds=(0, 1),
+        edits=True,
+    ),
     "condition": Study(
         "What the generator reads: all rows of the MLLM without and with the adapter and masking, or the queries alone"
         " (paper: XL)",
@@ -111,8 +122,11 @@ STUDIES = {
         [("+ adapter", "raw MLLM"), ("+ masking", "+ adapter"), ("+ masking", "queries alone")],
     ),
     "adapter": Study(
-        "The residual query adapter against plain learned queries",
-        [Arm("residual", PICTURES, BOTH), Arm("plain", PICTURES | {"adapter_type": "plain"}, BOTH)],
+        "The residual query adapter against plain learned queries (MetaQuery's), the generator reading sixteen of them alone",
+        [
+            Arm("residual", PICTURES | QUERIES, BOTH),
+            Arm("plain", PICTURES | QUERIES | {"adapter_type": "plain"}, BOTH),
+        ],
         [("residual", "plain")],
     ),
     "mask_mode": Study(
@@ -137,7 +151,7 @@ STUDIES = {
         x_label="share of pictures alone in fine-tuning",
     ),
     "pairs": Study(
-        "How many pairs it takes, with pictures first and mixed in, and from pairs alone at equal steps",
+        "How many pairs it takes, with pictures alone first and mixed in after, and with pairs alone in both stages at equal steps",
         [
             Arm(f"{series}, {number}", *stages, x=number, series=series, num_pairs=number)
             for series, stages in {"pictures first": (PICTURES, BOTH), "pairs alone": (PAIRS, PAIRS)}.items()
@@ -159,7 +173,8 @@ class CompareConfig:
     )
     output_dir: str = field(default="outputs/compare", metadata={"help": "Folder of data and runs."})
     results_dir: str = field(
-        default="results/compare", metadata={"help": "Folder of scores, and of a table, plot and sheet a study."}
+        default="outputs/compare-results",
+        metadata={"help": "Folder of scores, and of a table, plot and sheet a study."},
     )
     pretrain: str = field(
         default=str(RECIPES / "configs/compare-pretrain.yaml"), metadata={"help": "Settings of pre-training."}
@@ -266,6 +281,7 @@ def score_file(config: CompareConfig, arm: Arm, seed: int) -> Path:
     stages = [
         name_of(stage, changes, arm.num_pairs or config.num_pairs)
         for stage, changes in (("pretrain", arm.pretrain), ("finetune", arm.finetune))
+        if changes is not None
     ]
     return Path(config.results_dir, "scores", f"{'-'.join(stages)}-seed_{seed}.json")
 
@@ -280,27 +296,31 @@ def train_and_score(config: CompareConfig, arm: Arm, seed: int):
             return
         first = seed % config.pretrain_seeds
         name = f"{name_of('pretrain', arm.pretrain, num_pairs)}-seed_{first}"
-        start = train(config, name, pretrain | arm.pretrain, num_pairs, first, None)
-        final = train(config, path.stem, finetune | arm.finetune, num_pairs, seed, start)
-        score(config, start, final, path)
+        runs = [train(config, name, pretrain | arm.pretrain, num_pairs, first, None)]
+        if arm.finetune is not None:
+            runs.append(train(config, path.stem, finetune | arm.finetune, num_pairs, seed, runs[0]))
+        score(config, runs, path)
 
 
-def hours(run: Path) -> float:
-    """That a run trained, by its own log."""
+def record_of(run: Path) -> dict[str, Any]:
+    """What a score tells of a training: settings that decide it, the commit that it began with, hours by its log's clock."""
+    start = json.loads((run / "run.json").read_text())
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     before = [0, *(row["images"] for row in rows)]
     seconds = sum(
         (row["images"] - images) / row["images_per_second"] for row, images in zip(rows, before, strict=False)
     )
-    return round(seconds / 3600, 3)
+    settings = {name: start["config"][name] for name in ("seed", "mix_ratio", "batch_size", "max_steps")}
+    last = {name: rows[-1][name] for name in ("images", "skipped")}
+    return settings | last | {"hours": round(seconds / 3600, 3), "commit": start["commit"]}
 
 
-def score(config: CompareConfig, start: Path, final: Path, path: Path):
-    """Scores a finished run and draws the prompts of the sheet beside it."""
+def score(config: CompareConfig, runs: list[Path], path: Path):
+    """Scores the last of an arm's finished runs and draws the prompts of the sheet beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     on_gpu = torch.cuda.is_available()
-    pipeline = IOMMPipeline.from_pretrained(final).to("cuda" if on_gpu else "cpu")
+    pipeline = IOMMPipeline.from_pretrained(runs[-1]).to("cuda" if on_gpu else "cpu")
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
     sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     drawing = sampling | {"batch_size": 200 if on_gpu else 16}
@@ -313,10 +333,19 @@ def score(config: CompareConfig, start: Path, final: Path, path: Path):
     strip.save(path.with_suffix(".png"))
     cases = edit_cases(config.edits_per_kind)
     edits = score_edits(draw_edits(pipeline, cases, **sampling), cases)
-    cost = {"pretrain": hours(start.parent), "finetune": hours(final.parent)}
-    cost["score"] = round((time.monotonic() - began) / 3600, 3)
-    machine = {"device": pipeline.device.type, "processes": config.num_processes}
-    write_json(path, report.to_dict() | {"edits": edits.to_dict()} | sampling | machine | {"hours": cost} | software())
+
+    # The MLLM is frozen: what it says of a picture is what it said before.
+    pictures = [case.picture(pipeline.resolution) for case in cases]
+    untrained = IOMMPipeline.from_pretrained(shipped_model()).to(pipeline.device)
+    before, after = (pipe.describe(pictures, max_new_tokens=32) for pipe in (untrained, pipeline))
+    captions = {"same": sum(a == b for a, b in zip(before, after, strict=True)), "of": len(before)}
+    write_json(
+        path,
+        report.to_dict()
+        | {"edits": edits.to_dict(), "captions_as_before_training": captions, **sampling}
+        | {"trainings": [record_of(run.parent) for run in runs], "device": pipeline.device.type}
+        | {"processes": config.num_processes, "hours": round((time.monotonic() - began) / 3600, 3), **software()},
+    )
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -380,6 +409,18 @@ def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: d
     return [*lines, ""]
 
 
+def command(config: CompareConfig, study: str) -> str:
+    """That makes this study again."""
+    chosen = [f"--studies {study}"]
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        default = setting.default_factory() if callable(setting.default_factory) else setting.default
+        if setting.name not in {"studies", "output_dir", "results_dir"} and value != default:
+            values = value if isinstance(value, list) else [value]
+            chosen.append(f"--{setting.name} {shlex.join(map(str, values))}")
+    return " ".join(["python recipes/compare_recipes.py", *chosen])
+
+
 def write_report(config: CompareConfig, name: str):
     """Writes `table.md`, `scores.png` and `sheet.png` of a study, from those of its arms that are scored."""
     study = STUDIES[name]
@@ -393,9 +434,9 @@ def write_report(config: CompareConfig, name: str):
                 report = json.loads(path.read_text())
                 reports.setdefault(arm.label, {})[seed] = report
                 strips.setdefault(arm.label, path.with_suffix(".png"))
-                pretrained = f"{path.stem.split('-finetune')[0]}-{seed % config.pretrain_seeds}"
-                took |= {pretrained: report["hours"]["pretrain"]}
-                took |= {path.stem: report["hours"]["finetune"] + report["hours"]["score"]}
+                names = [f"{path.stem.split('-')[0]} {seed % config.pretrain_seeds}", path.stem]
+                took |= {name: run["hours"] for name, run in zip(names, report["trainings"], strict=False)}
+                took |= {f"{path.stem}, its score": report["hours"]}
     arms = [arm for arm in study.arms if arm.label in reports]
     folder = Path(config.results_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -404,21 +445,26 @@ def write_report(config: CompareConfig, name: str):
     edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
     kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
     everything = [report for of in reports.values() for report in of.values()]
-    machines = {"a GPU" if report["device"] == "cuda" else "one core" for report in everything}
-    commits = {(report["commit"] or "unknown")[:7] for report in everything}
+    said = [report["captions_as_before_training"] for report in everything]
+    commits = {run["commit"] for report in everything for run in report["trainings"]}
+    papers = {arm.label: arm.paper for arm in arms}
     lines = [
         study.question + ".",
         "",
-        *score_table(arms, scores, tasks, {arm.label: arm.paper for arm in arms}),
-        *difference_table(study, scores, {arm.label: arm.paper for arm in arms}),
+        *score_table(arms, scores, tasks, {} if study.edits else papers),
+        *difference_table(study, scores, {} if study.edits else papers),
         "Edits that no training showed, change made and rest kept:",
         "",
-        *score_table(arms, edits, kinds, {}),
-        *difference_table(study, edits, {}),
-        f"`python recipes/compare_recipes.py --studies {name}`: {6 * config.pictures_per_task} pictures and"
-        f" {3 * config.edits_per_kind} edits a score, {config.num_inference_steps} sampling steps, guidance"
-        f" {config.guidance_scale}; {sum(took.values()):.1f} hours of {' or '.join(sorted(machines))}, trainings that arms share"
-        f" counted once; commits {', '.join(sorted(commits))}.",
+        *score_table(arms, edits, kinds, papers if study.edits else {}),
+        *difference_table(study, edits, papers if study.edits else {}),
+        f"Captions of pictures as before training: {sum(of['same'] for of in said)} of {sum(of['of'] for of in said)}."
+        f" {6 * config.pictures_per_task} pictures and {3 * config.edits_per_kind} edits a score,"
+        f" {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds that are equal modulo"
+        f" {config.pretrain_seeds} share a pre-training. {sum(took.values()):.1f} hours by the clock, what arms share counted"
+        f" once, on {' and '.join(sorted({report['device'] for report in everything}))}. Commits of the trainings:"
+        f" {', '.join(sorted((commit or 'unknown')[:7] for commit in commits))}.",
+        "",
+        f"```bash\n{command(config, name)}\n```",
     ]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 

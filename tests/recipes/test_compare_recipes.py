@@ -42,11 +42,20 @@ def config(module, tmp_path):
 def test_only_what_is_missing_is_run(module, config, tmp_path):
     untrained = tmp_path / "untrained/final"
     tiny_pipeline().save_pretrained(untrained)
-    rows = [{"images": 3600, "images_per_second": 2.0}, {"images": 7200, "images_per_second": 1.0}]
+    rows = [
+        {"images": 3600, "images_per_second": 2.0, "skipped": {}},
+        {"images": 7200, "images_per_second": 1.0, "skipped": {"not an image": 1}},
+    ]
     (untrained.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"seed": 3, "mix_ratio": 0.5, "batch_size": 4, "max_steps": 1800}
+    (untrained.parent / "run.json").write_text(json.dumps({"config": settings, "commit": "0123456789"}))
     for arm in module.STUDIES["six_recipes"].arms:
         if arm.label != "image > mix":
-            module.score(config, untrained, untrained, module.score_file(config, arm, 0))
+            module.score(config, [untrained, untrained], module.score_file(config, arm, 0))
+    score = json.loads(module.score_file(config, module.STUDIES["six_recipes"].arms[0], 0).read_text())
+    record = settings | {"images": 7200, "skipped": {"not an image": 1}, "hours": 1.5, "commit": "0123456789"}
+    assert score["trainings"] == [record, record]
+    assert score["captions_as_before_training"] == {"same": 0, "of": 3}  # the untrained model's MLLM is another
     module.main(config)
     pretrained, finetuned = (
         "pretrain_mix_ratio=1.0-seed_0",
@@ -63,8 +72,10 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
     table = (report / "table.md").read_text()
     assert "| image > mix | 0.89 | 0.000 | 0.000 [0.000, " in table
     assert table.count("not told apart, by the pictures of one training each") == 2 * len(comparisons)  # and edits
-    # Fine-tunings of 1.5 hours each, and pre-training on pairs; the one on pictures was run just now.
-    assert "6 pictures and 3 edits a score" in table and "; 9.0 hours of one core, trainings that arms share" in table
+    # The run's own MLLM has not changed. Five fine-tunings and a pre-training of 1.5 hours; the other was run just now.
+    assert "Captions of pictures as before training: 3 of 18. 6 pictures and 3 edits a score" in table
+    assert " 9.0 hours by the clock" in table and "0123456" in table
+    assert "python recipes/compare_recipes.py --studies six_recipes --pretrain " in table and "--seeds 0" in table
     assert all((report / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
     with pytest.raises(ValueError, match="a study with another num_pairs"):
         module.main(replace(config, num_pairs=4))
@@ -83,9 +94,10 @@ def write_scores(module, config, study: str, values: dict[str, list[float]]):
                     "overall": {"value": 0.0, "low": 0.0, "high": 0.02},
                     "correct": {kind: {"accuracy": 0.0} for kind in KINDS},
                 },
-                "hours": {"pretrain": 1.0, "finetune": 0.5, "score": 0.25},
+                "captions_as_before_training": {"same": 3, "of": 3},
+                "trainings": [{"hours": 1.0, "commit": None}, {"hours": 0.5, "commit": None}],
+                "hours": 0.25,
                 "device": "cpu",
-                "commit": None,
             }
             path.write_text(json.dumps(report))
             module.Image.new("RGB", (64 * len(module.PROMPTS), 64)).save(path.with_suffix(".png"))
@@ -126,7 +138,7 @@ def test_what_another_process_is_at_is_left_to_it(module, config, monkeypatch):
     monkeypatch.setattr(
         module,
         "score",
-        lambda config, start, final, path: write_scores(module, config, "adapter", {arms[1].label: [0.5]}),
+        lambda config, runs, path: write_scores(module, config, "adapter", {arms[1].label: [0.5]}),
     )
 
     def other_process_ends(seconds):
@@ -161,7 +173,6 @@ def test_arms_that_train_alike_share_their_score(module, config):
 
     same = [
         ("six_recipes", "image > mix"),
-        ("adapter", "residual"),
         ("mix_ratio", "0.5"),
         ("condition", "+ masking"),
         ("pairs", "pictures first, 1000"),
