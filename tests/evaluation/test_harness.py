@@ -15,7 +15,7 @@ from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
-from iomm_hf.evaluation.shapes import benchmark_plan
+from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.pipeline_iomm import IOMMPipeline
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
@@ -188,6 +188,59 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
             run()
         file.unlink()
         assert run()[0]["scores"]["categories"]["culture"]["value"] == 1.0
+
+
+def give_shapes(folder: Path, colour: str, limit: int) -> Path:
+    """Pictures from elsewhere, of one colour, under the names of the benchmark."""
+    folder.mkdir()
+    for drawing in load_benchmark("shapes", limit=limit).drawings:
+        Image.new("RGB", (64, 64), colour).save(folder / drawing.path)
+    return folder
+
+
+def test_what_was_seen_in_one_picture_is_not_said_of_another_of_its_name(tmp_path):
+    """Scoring stopped before there was a result, and goes on with other pictures under the same names."""
+    first = give_shapes(tmp_path / "first", "white", 6)
+    other = tmp_path / "other"
+    other.mkdir()
+    truth = render_truth(benchmark_plan())
+    for drawing in load_benchmark("shapes", limit=6).drawings:
+        Image.fromarray(truth[drawing.number]).save(other / drawing.path)
+    _, file = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=first))
+    file.unlink()
+    result, _ = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=other))
+    assert result["scores"]["overall"]["value"] == 1.0
+    file.unlink()
+    again, _ = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=first))
+    assert again["scores"]["overall"]["value"] == 0.0
+    assert len(file.with_name("details-0.jsonl").read_text().splitlines()) == 12  # each was looked at once
+
+
+def test_an_answer_is_of_one_wording_of_questions_and_prompts(tmp_path):
+    write_wise(tmp_path / "data", "wise-verified")
+    (tmp_path / "given").mkdir()
+    for drawing in load_benchmark("wise-verified", data=tmp_path / "data", limit=2).drawings:
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "given" / drawing.path)
+
+    def run(**more):
+        options = {"data": tmp_path / "data", "limit": 2, "pictures": tmp_path / "given", **judge_of(server), **more}
+        return evaluate(config("wise-verified", tmp_path / "run", **options))
+
+    with LocalJudge(lambda request: "Score: 1") as server:
+        _, file = run()
+        file.unlink()
+        prompts = tmp_path / "data" / REPOSITORIES["wise-verified"].prompts[0]
+        rows = json.loads(prompts.read_text())
+        prompts.write_text(json.dumps([{**row, "Explanation": "something else"} for row in rows]))
+        with pytest.raises(OSError, match="begun with other settings in .*: files was"):
+            run()
+        prompts.write_text(json.dumps(rows))
+        # What was kept as 0 by an older reading of it counts as it is read now, and nothing is asked for it again.
+        lines = file.with_name("details-0.jsonl")
+        old = [json.loads(line) | {"text": "Score (0 or 1): 1", "read": {"score": 0}} for line in lines.open()]
+        lines.write_text("".join(json.dumps(line) + "\n" for line in old))
+        result, _ = run(limit=2)
+    assert result["scores"]["categories"]["culture"]["value"] == 1.0 and len(server.requests) == 2
 
 
 def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):

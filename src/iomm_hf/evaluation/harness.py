@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..integrity import sha256
 from ..shipped import shipped_model
 from . import geneval
 from .benchmarks import Benchmark, load_benchmark
@@ -260,7 +261,8 @@ def prepare_judge(
         return task, None
     assert config.judge is not None
     judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
-    waiting = len(task.unanswered(Details(scorer_folder(config)).read()))
+    hashes = {path: sha256(file) for path, file in pictures.items() if file.is_file()}
+    waiting = len(task.unanswered(Details(scorer_folder(config), pictures=hashes).read()))
     answered = len(task.keys) - waiting
     if config.max_requests is not None and waiting > config.max_requests:
         raise ValueError(
@@ -294,7 +296,8 @@ def score(
     pictures = find_pictures(benchmark, folder)
     generation = read_generation(folder, benchmark)
     target = scorer_folder(config)
-    details = Details(target, group.rank)
+    hashes = {path: sha256(file) for path, file in pictures.items()}
+    details = Details(target, group.rank, hashes)
     counts: dict[str, int] = {}
     about: dict[str, Any]
     if config.benchmark == "geneval":
@@ -307,11 +310,11 @@ def score(
             device=device,
         )
         about = models.about
-        begin_scoring(target, about)
+        begin_scoring(target, about, benchmark)
         look(benchmark, pictures, details, group, models.score)
     elif config.benchmark == "shapes":
         about = {"kind": "rules", "rules": "iomm_hf.evaluation.shapes.score_image"}
-        begin_scoring(target, about)
+        begin_scoring(target, about, benchmark)
         look(benchmark, pictures, details, group, look_at_shapes)
     if config.benchmark not in JUDGED:
         group.wait()
@@ -335,7 +338,7 @@ def score(
             **config.judge_options,
         )
         about = judge.about | {"wording": task.wording}
-        begin_scoring(target, about)
+        begin_scoring(target, about, benchmark)
         if served is None:  # runs here, on every rank
             ask_all(task, judge, details, rank=group.rank, num_ranks=group.count)
         elif group.first:
@@ -361,12 +364,18 @@ def score(
         "filtered": sum(note["filtered"] for note in notes if note is not None),
         **counts,
     }
-    result = build_result(benchmark, scores, scorer=about, counts=counts, pictures=pictures, generation=generation)
+    result = build_result(
+        benchmark, scores, scorer=about, counts=counts, pictures=pictures, hashes=hashes, generation=generation
+    )
     return keep_result(target, result, folder)
 
 
-def begin_scoring(target: Path, about: Mapping[str, Any]):
-    write_settings(target / SCORER, about, "Scoring was")
+def begin_scoring(target: Path, about: Mapping[str, Any], benchmark: Benchmark):
+    """Writes what every line of details depends on besides its picture, or checks that it is what they were begun with."""
+    described = benchmark.describe()
+    files = benchmark.data.describe()["sha256"] if benchmark.data is not None else None
+    asked = {name: described[name] for name in ("name", "version", "prompts_sha256", "rewriting")}
+    write_settings(target / SCORER, {**about, "benchmark": asked, "files": files}, "Scoring was")
 
 
 def look(

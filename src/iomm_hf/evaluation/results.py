@@ -17,7 +17,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..integrity import sha256
 from ..software import software
 from .benchmarks import Benchmark
 
@@ -99,11 +98,14 @@ def folder_name(*names: str) -> str:
 
 class Details:
     """
-    Lines about pictures, one JSON object each, in one file a rank.
+    Lines about pictures, one JSON object each, in one file a rank. A line's `key` is the picture's path, or that and what it is
+    asked about after a `#`.
 
     Args:
         folder (`Path`): Of the scorer.
         rank (`int`, *optional*, defaults to 0): Whose file is appended to.
+        pictures (`dict[str, str]`, *optional*): SHA-256 of each picture by its path. Lines then hold their picture's, and those about
+            other pictures, of whatever name, are not read. By default all are.
 
     Example:
 
@@ -116,9 +118,10 @@ class Details:
     ```
     """
 
-    def __init__(self, folder: Path, rank: int = 0):
+    def __init__(self, folder: Path, rank: int = 0, pictures: Mapping[str, str] | None = None):
         self.folder = folder
         self.file = folder / f"details-{rank}.jsonl"
+        self.pictures = pictures
         self._begun = False
 
     def add(self, line: Mapping[str, Any]):
@@ -129,20 +132,34 @@ class Details:
                 with self.file.open("a") as file:
                     file.write("\n")  # after half a line, which a killed run left
             self._begun = True
+        own = {} if self.pictures is None else {"picture": self.pictures[picture_of(line)]}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**line, **own}, ensure_ascii=False) + "\n")
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again."""
+        """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again, and a question
+        that failed on one rank does not undo another's answer."""
         lines: dict[str, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("details-*.jsonl")):
-            for text in file.read_text(encoding="utf-8").splitlines():
+            for content in file.read_bytes().split(
+                b"\n"
+            ):  # str.splitlines would also part lines at U+2028, which JSON holds raw
                 try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
+                    line = json.loads(content.decode())
+                except ValueError:  # not JSON, or cut inside a character
+                    continue
+                if self.pictures is not None and line.get("picture") != self.pictures.get(picture_of(line), ""):
+                    continue
+                before = lines.get(line["key"], {})
+                if line.get("read") is None and before.get("read") is not None:
                     continue
                 lines[line["key"]] = line
         return lines
+
+
+def picture_of(line: Mapping[str, Any]) -> str:
+    """The path of the picture that a line of details is about."""
+    return line["key"].partition("#")[0]
 
 
 def find_pictures(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
@@ -208,11 +225,11 @@ def find_geneval(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
     return found
 
 
-def hash_pictures(pictures: Mapping[str, Path]) -> str:
-    """SHA-256 over the names and contents of all pictures: the identity of what was scored."""
+def hash_pictures(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the names of all pictures and the SHA-256 of each: the identity of what was scored."""
     digest = hashlib.sha256()
-    for name in sorted(pictures):
-        digest.update(f"{sha256(pictures[name])}  {name}\n".encode())
+    for name in sorted(hashes):
+        digest.update(f"{hashes[name]}  {name}\n".encode())
     return digest.hexdigest()
 
 
@@ -232,6 +249,7 @@ def build_result(
     scorer: Mapping[str, Any],
     counts: Mapping[str, int],
     pictures: Mapping[str, Path],
+    hashes: Mapping[str, str],
     generation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """
@@ -243,6 +261,7 @@ def build_result(
         scorer (`dict`): Detectors or judge, with revisions and settings.
         counts (`dict[str, int]`): Expected, found, and whatever was not as it should be.
         pictures (`dict[str, Path]`): What was scored.
+        hashes (`dict[str, str]`): SHA-256 of each.
         generation (`dict`, *optional*): Content of `generation.json`; `None` where pictures came from elsewhere.
     """
     return {
@@ -254,7 +273,7 @@ def build_result(
         "scorer": dict(scorer),
         "generation": dict(generation) if generation is not None else None,
         "picture_sizes": picture_sizes(pictures.values()),
-        "pictures_sha256": hash_pictures(pictures),
+        "pictures_sha256": hash_pictures(hashes),
         "software": software(PACKAGES),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
