@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,17 @@ def detectors(tmp_path_factory):
     return [str(folder) for folder in save_tiny_detectors(tmp_path_factory.mktemp("detectors"))]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run of two pictures by the shipped model, drawn and not scored."""
+    output = tmp_path_factory.mktemp("drawn")
+    evaluate(config("shapes", output, limit=2, step="generate"))
+    return output
+
+
 def config(benchmark: str, output: Path, **more) -> EvaluationConfig:
-    return EvaluationConfig(benchmark, output, arguments=dict(STEPS), device="cpu", **more)
+    arguments = {} if "pictures" in more else dict(STEPS)  # given pictures are scored as they are
+    return EvaluationConfig(benchmark, output, **{"arguments": arguments, "device": "cpu", **more})
 
 
 def write_wise(folder: Path, name: str):
@@ -328,6 +338,48 @@ def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):
     file.write_text(json.dumps(settings))
     with pytest.raises(OSError, match="were drawn with rewriting"):
         evaluate(config("geneval", tmp_path, step="score", **options))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint": "somebody/else"}, "checkpoint was .* and is now somebody/else"),
+        ({"revision": "main"}, "revision was None and is now main"),
+        ({"seed": 7}, "seed was 0 and is now 7"),
+        ({"dtype": "bfloat16"}, "dtype was float32 and is now bfloat16"),
+        ({"arguments": {"num_inference_steps": 50}}, "num_inference_steps was 1 and is now 50"),
+        ({"arguments": {"height": 32}}, "height was None and is now 32"),
+    ],
+)
+def test_a_model_or_sampling_that_did_not_draw_the_pictures_is_refused(drawn, given, message):
+    with pytest.raises(OSError, match=f"were drawn with other settings: {message}"):
+        evaluate(config("shapes", drawn, limit=2, step="score", **given))
+
+
+def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
+    options = {"limit": 2, "checkpoint": str(shipped_model()), "seed": 0, "dtype": "float32", "batch_size": 8}
+    named, _ = evaluate(config("shapes", drawn, step="score", **options))
+    assert named == evaluate(config("shapes", drawn, step="score", limit=2, arguments={}))[0]
+    # The same weights under the end of another's path are the same model; other weights there are not.
+    other = tmp_path / shipped_model().resolve().parent.name / shipped_model().resolve().name
+    shutil.copytree(shipped_model(), other)
+    evaluate(config("shapes", drawn, step="score", **options | {"checkpoint": str(other)}))
+    next((other / "vae").glob("*.safetensors")).write_bytes(b"other")
+    with pytest.raises(OSError, match="weights was"):
+        evaluate(config("shapes", drawn, step="score", **options | {"checkpoint": str(other)}))
+    (drawn / "generation.json").rename(tmp_path / "generation.json")
+    try:
+        with pytest.raises(OSError, match="tells how its pictures were drawn: leave out seed"):
+            evaluate(config("shapes", drawn, step="score", limit=2, arguments={}, seed=0))
+    finally:
+        (tmp_path / "generation.json").rename(drawn / "generation.json")
+
+
+def test_given_pictures_are_not_told_how_they_were_drawn(tmp_path):
+    with pytest.raises(ValueError, match="leave out checkpoint, seed, num_inference_steps, or the pictures"):
+        config("shapes", tmp_path, pictures=tmp_path, checkpoint="a/b", seed=0, arguments={"num_inference_steps": 2})
+    with pytest.raises(ValueError, match="leave out --step generate, or the pictures"):
+        config("shapes", tmp_path, pictures=tmp_path, step="generate")
 
 
 @pytest.mark.slow

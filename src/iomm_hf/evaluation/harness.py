@@ -32,7 +32,7 @@ from .generation import PICTURES, SETTINGS, generate, read_note
 from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
-from .pipelines import load_pipeline
+from .pipelines import hash_parts, load_pipeline
 from .results import (
     RESULT,
     Details,
@@ -66,10 +66,11 @@ class EvaluationConfig:
         pictures (`Path`, *optional*): A folder in the official layout to score, in place of drawing.
         step (`str`, *optional*, defaults to `"both"`): "generate", "score" or "both".
         arguments (`dict`, *optional*): For the pipeline; what is not named keeps the pipeline's own default.
-        seed (`int`, *optional*, defaults to 0): Every picture's seed is made of it and of the picture's number.
-        batch_size (`int`, *optional*, defaults to 8): Pictures drawn at a time.
+        seed (`int`, *optional*): Every picture's seed is made of it and of the picture's number. Defaults to 0. This and whatever else
+            says how to draw must fit pictures that are there already, if it is given.
+        batch_size (`int`, *optional*): Pictures drawn at a time. Defaults to 8.
         device (`str`, *optional*): Of pipeline, detectors and a judge that runs here.
-        dtype (`str`, *optional*, defaults to `"float32"`): Of the pipeline.
+        dtype (`str`, *optional*): Of the pipeline. Defaults to float32.
         ema (`bool`, *optional*): Whether the weights are averaged ones, where the checkpoint's folder does not say.
         limit (`int`, *optional*): Only so many items. The result is marked.
         rewritten (`Path`, *optional*): Rewritten prompts. The result says so.
@@ -93,10 +94,10 @@ class EvaluationConfig:
     pictures: Path | None = None
     step: str = "both"
     arguments: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    batch_size: int = 8
+    seed: int | None = None
+    batch_size: int | None = None
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     ema: bool | None = None
     limit: int | None = None
     rewritten: Path | None = None
@@ -117,8 +118,9 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.step not in ("generate", "score", "both"):
             raise ValueError(f"step must be generate, score or both, got {self.step!r}.")
-        if self.pictures is not None and (self.checkpoint is not None or self.step == "generate"):
-            raise ValueError("Pictures are given to be scored as they are: leave out the checkpoint, or the pictures.")
+        if self.pictures is not None and (self.how_to_draw or self.step == "generate"):
+            told = ", ".join(self.how_to_draw) or "--step generate"
+            raise ValueError(f"Pictures are given to be scored as they are: leave out {told}, or the pictures.")
         if self.benchmark in JUDGED and self.step != "generate" and self.judge is None:
             raise ValueError(
                 f"{self.benchmark} is scored by a judge, which has no default: name one with --judge MODEL, and with --judge-url"
@@ -131,6 +133,14 @@ class EvaluationConfig:
             raise ValueError(f"{kind.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
         if self.unreadable not in ("error", "lowest"):
             raise ValueError(f"unreadable must be error or lowest, got {self.unreadable!r}.")
+
+    @property
+    def how_to_draw(self) -> dict[str, Any]:
+        """What was given of the model and its sampling, without what is left to their defaults."""
+        given = {
+            name: getattr(self, name) for name in ("checkpoint", "revision", "dtype", "ema", "seed", "batch_size")
+        }
+        return {name: value for name, value in (given | self.arguments).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ def evaluate(
     """
     with ranks() as group:
         benchmark = load_benchmark(
-            config.benchmark, seed=config.seed, limit=config.limit, rewritten=config.rewritten, data=config.data
+            config.benchmark, seed=config.seed or 0, limit=config.limit, rewritten=config.rewritten, data=config.data
         )
         folder = config.pictures if config.pictures is not None else config.output / PICTURES
         judge_task = None
@@ -212,7 +222,7 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
     pipeline, about = load_pipeline(
         config.checkpoint or shipped_model(),
         revision=config.revision,
-        dtype=config.dtype,
+        dtype=config.dtype or "float32",
         device=config.device if config.device is not None else rank_device(group),
     )
     if config.ema is not None:
@@ -225,8 +235,8 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
         config.output,
         about=about,
         asked=config.arguments,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        seed=config.seed or 0,
+        batch_size=8 if config.batch_size is None else config.batch_size,
         rank=group.rank,
         num_ranks=group.count,
     )
@@ -295,6 +305,8 @@ def score(
     """The second step: what is seen in every picture, and what it adds up to."""
     pictures = find_pictures(benchmark, folder)
     generation = read_generation(folder, benchmark)
+    if config.step == "score":
+        check_how_drawn(config, generation, folder)
     target = scorer_folder(config)
     hashes = {path: sha256(file) for path, file in pictures.items()}
     details = Details(target, group.rank, hashes)
@@ -418,6 +430,36 @@ def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None
         name = differing[0]
         raise OSError(f"The pictures in {folder} were drawn with {name} {drawn.get(name)!r}, not {asked[name]!r}.")
     return generation
+
+
+def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | None, folder: Path):
+    """
+    Refuses a model or a sampling that was given for pictures which were drawn otherwise.
+
+    Raises:
+        OSError: If they were, or if nothing tells how they were drawn.
+    """
+    given = json.loads(json.dumps(config.how_to_draw, default=str))
+    if not given:
+        return
+    if generation is None:
+        raise OSError(
+            f"No {SETTINGS} beside {folder} tells how its pictures were drawn: leave out {', '.join(given)}."
+        )
+    model = generation["model"]
+    drawn = {"checkpoint": model["name"], "seed": generation["seed"], "batch_size": generation["batch_size"]}
+    drawn |= {name: model[name] for name in ("revision", "dtype", "ema")} | generation["arguments"]
+    if config.checkpoint is not None:
+        given["checkpoint"] = public_name(str(config.checkpoint))
+        if Path(config.checkpoint).is_dir():  # a name that holds two folders' ends does not tell runs apart
+            drawn["weights"], given["weights"] = model["weights_sha256"], hash_parts(Path(config.checkpoint))
+    differing = [name for name, value in given.items() if drawn.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise OSError(
+            f"The pictures in {folder} were drawn with other settings: {name} was {drawn.get(name)} and is now {given[name]}. Give the"
+            " settings that they were drawn with or none, or draw into another folder."
+        )
 
 
 def keep_result(target: Path, result: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:

@@ -90,19 +90,21 @@ def load_pipeline(
     except RuntimeError as error:  # torch's for a device that it does not know
         raise ValueError(f"device {device!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    weights = {
-        part.name: hash_weight_files(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))
-    }
     about = {
         "name": public_name(str(checkpoint)),
         "revision": commit,
         "class": type(pipeline).__name__,
         "dtype": dtype,
         "scheduler": scheduler_of(pipeline),
-        "weights_sha256": weights,
+        "weights_sha256": hash_parts(folder),
         "ema": averaged(folder),
     }
     return pipeline, about
+
+
+def hash_parts(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights of each part of a pipeline folder."""
+    return {part.name: hash_weight_files(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))}
 
 
 def scheduler_of(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
