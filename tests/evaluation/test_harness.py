@@ -171,10 +171,10 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
         wrong = next((reply for thing, reply in replies.items() if f'"{thing}"' in text), None)
         return "Score: 1" if wrong is None or healthy["now"] else wrong
 
-    def run(**more):
+    def run(confirm=lambda cost: True, **more):
         options = {"data": tmp_path / "data", "limit": 8, "pictures": tmp_path / "given", **judge_of(server), **more}
         options["judge_options"] = {"workers": 1}
-        return evaluate(config("wise-verified", tmp_path / "run", **options))
+        return evaluate(config("wise-verified", tmp_path / "run", **options), confirm)
 
     with LocalJudge(respond) as server:
         server.fail_next("garbage")  # meets the first question, which is refused afterwards
@@ -193,9 +193,15 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
         assert result["scorer"]["unreadable"] == "lowest" and result["counts"]["questions"] == 8
         assert result["scores"]["categories"]["culture"]["value"] == 0.25
 
+        # The result that is there is shown, or another one refused, before anything is asked or paid for.
         healthy["now"] = True
-        with pytest.raises(OSError, match="results are never replaced"):
-            run()
+        asked, costs = len(server.requests), []
+        assert run(unreadable="lowest", confirm=costs.append) == (result, file)
+        with pytest.raises(
+            OSError, match=r"\(unreadable differ\), and results are never replaced. Remove it, and what"
+        ):
+            run(confirm=costs.append)
+        assert len(server.requests) == asked and costs == []
         file.unlink()
         assert run()[0]["scores"]["categories"]["culture"]["value"] == 1.0
 

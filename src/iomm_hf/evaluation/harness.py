@@ -40,6 +40,7 @@ from .results import (
     build_result,
     find_pictures,
     folder_name,
+    hash_pictures,
     read_result,
     write_settings,
     write_whole,
@@ -271,7 +272,11 @@ def prepare_judge(
         return task, None
     assert config.judge is not None
     judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
+    if (scorer_folder(config) / SCORER).is_file():
+        begin_scoring(scorer_folder(config), judge.about | {"wording": task.wording}, benchmark)
     hashes = {path: sha256(file) for path, file in pictures.items() if file.is_file()}
+    if len(hashes) == len(pictures) and kept_result(config, benchmark, hashes) is not None:
+        return task, judge  # nothing will be asked
     waiting = len(task.unanswered(Details(scorer_folder(config), pictures=hashes).read()))
     answered = len(task.keys) - waiting
     if config.max_requests is not None and waiting > config.max_requests:
@@ -323,10 +328,14 @@ def score(
         )
         about = models.about
         begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
         look(benchmark, pictures, details, group, models.score)
     elif config.benchmark == "shapes":
         about = {"kind": "rules", "rules": "iomm_hf.evaluation.shapes.score_image"}
         begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
         look(benchmark, pictures, details, group, look_at_shapes)
     if config.benchmark not in JUDGED:
         group.wait()
@@ -351,6 +360,8 @@ def score(
         )
         about = judge.about | {"wording": task.wording}
         begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
         if served is None:  # runs here, on every rank
             ask_all(task, judge, details, rank=group.rank, num_ranks=group.count)
         elif group.first:
@@ -379,7 +390,10 @@ def score(
     result = build_result(
         benchmark, scores, scorer=about, counts=counts, pictures=pictures, hashes=hashes, generation=generation
     )
-    return keep_result(target, result, folder)
+    result = json.loads(as_json(result))
+    write_whole(target / RESULT, as_json(result), target / ".writing")
+    write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    return result, target / RESULT
 
 
 def begin_scoring(target: Path, about: Mapping[str, Any], benchmark: Benchmark):
@@ -462,20 +476,29 @@ def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | No
         )
 
 
-def keep_result(target: Path, result: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+def kept_result(
+    config: EvaluationConfig, benchmark: Benchmark, hashes: Mapping[str, str]
+) -> tuple[dict[str, Any], Path] | None:
     """
-    Writes a result, or finds that the same one is there.
+    The result that is there already, and its file; `None` where there is none yet.
 
     Raises:
-        OSError: If another one is there: results are not replaced.
+        OSError: If it is another one than these pictures have: results are not replaced.
     """
-    file = target / RESULT
-    result = json.loads(as_json(result))
-    if file.is_file():
-        there = read_result(file)
-        if any(there[name] != result[name] for name in ("benchmark", "scores", "counts", "pictures_sha256")):
-            raise OSError(f"{file} holds another result, and results are never replaced. Give another output folder.")
-        return there, file
-    write_whole(file, as_json(result), target / ".writing")
-    write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
-    return result, file
+    file = scorer_folder(config) / RESULT
+    if not file.is_file():
+        return None
+    there = read_result(file)
+    asked = {
+        "benchmark": json.loads(json.dumps(benchmark.describe())),
+        "pictures_sha256": hash_pictures(hashes),
+        "unreadable": config.unreadable if config.benchmark in JUDGED else None,
+    }
+    found = there | {"unreadable": there["scorer"].get("unreadable")}
+    differing = [name for name, value in asked.items() if found[name] != value]
+    if differing:
+        raise OSError(
+            f"{file} holds another result ({', '.join(differing)} differ), and results are never replaced. Remove it, and what was"
+            " seen and answered beside it serves a new one, or give another output folder."
+        )
+    return there, file
