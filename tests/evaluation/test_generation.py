@@ -10,7 +10,7 @@ from PIL import Image
 
 from iomm_hf.evaluation.benchmarks import check_item, first_items, load_benchmark
 from iomm_hf.evaluation.generation import generate, grid, in_batches, read_note
-from iomm_hf.evaluation.results import Incomplete, find_pictures
+from iomm_hf.evaluation.results import Incomplete, find_pictures, read_software
 
 
 STEPS = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -73,6 +73,21 @@ def test_other_settings_are_refused_in_a_folder_that_was_begun(pipe, geneval, tm
     with pytest.raises(OSError, match="model was"):
         generate(pipe, geneval, tmp_path, about={"name": "other"}, asked=STEPS, batch_size=1)
     assert files_of(tmp_path) == before
+
+
+def test_every_session_that_drew_is_on_record(pipe, geneval, tmp_path):
+    draw(pipe, geneval, tmp_path, rank=0, num_ranks=2)
+    [first] = read_software(tmp_path)
+    version = first["versions"]["torch"]
+    assert first["device"] == "cpu" and version is not None
+    # An earlier session of other versions; going on adds one's own, and only who draws something does.
+    file = next((tmp_path / "software").iterdir())
+    file.write_text(json.dumps(first | {"versions": {"torch": "1.0"}}))
+    file.rename(file.with_name("earlier.json"))
+    draw(pipe, geneval, tmp_path, rank=0, num_ranks=2)
+    assert len(read_software(tmp_path)) == 1
+    draw(pipe, geneval, tmp_path)
+    assert sorted(record["versions"]["torch"] for record in read_software(tmp_path)) == ["1.0", version]
 
 
 def test_a_failed_write_leaves_nothing_half(pipe, geneval, tmp_path, monkeypatch):

@@ -95,6 +95,8 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
         and str(tmp_path) not in file.read_text()
         and detectors[0] not in file.read_text()
     )
+    [drew], [looked] = generation["software"], result["scorer"]["software"]
+    assert drew == looked == result["software"] | {"device": "cpu"}
     lines = Details(file.parent).read()
     assert len(lines) == 24 and all(
         {"prompt", "correct", "reason", "detections"} <= set(line) for line in lines.values()

@@ -87,9 +87,11 @@ def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch
     )
     content["benchmark"] |= {"subset": 2, "rewriting": {"file": "better.jsonl"}}
     content["counts"] |= {"unreadable": 2, "refused": 1}
+    content["generation"]["software"], content["scorer"]["software"] = [{"commit": "a"}, {"commit": "b"}], [{}]
     report = write_report([save(tmp_path / "a", content)], tmp_path / "report")
     assert "(only 2 items)" in report and "rewritten prompts, looked at by j" in report
     assert "3 questions without an answer counted as the lowest score" in report
+    assert "; drawn by 2 different sets of packages, commit and device." in report
     assert "(paper) |" not in report.splitlines()[2]  # the paper has no row of the verified version
     assert cells(report, "culture") == ["0.250"]
 

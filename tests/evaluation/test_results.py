@@ -53,13 +53,13 @@ def test_lines_are_read_for_the_pictures_that_they_are_about(tmp_path):
 
 def test_settings_may_be_repeated_but_not_changed(tmp_path):
     file = tmp_path / "settings.json"
-    write_settings(file, {"steps": (1, 2), "software": "1"}, "Scoring was", free=("software",))
-    write_settings(file, {"steps": [1, 2], "software": "2"}, "Scoring was", free=("software",))
-    assert json.loads(file.read_text()) == {"steps": [1, 2], "software": "1"}
+    write_settings(file, {"steps": (1, 2)}, "Scoring was")
+    write_settings(file, {"steps": [1, 2]}, "Scoring was")
+    assert json.loads(file.read_text()) == {"steps": [1, 2]}
     with pytest.raises(OSError, match=r"Scoring was begun with other settings in .*: steps was \[1, 2\] and is now 3"):
-        write_settings(file, {"steps": 3, "software": "1"}, "Scoring was", free=("software",))
+        write_settings(file, {"steps": 3}, "Scoring was")
     with pytest.raises(OSError, match="judge was None and is now x"):
-        write_settings(file, {"steps": [1, 2], "judge": "x"}, "Scoring was", free=("software",))
+        write_settings(file, {"steps": [1, 2], "judge": "x"}, "Scoring was")
 
 
 def test_names_of_models_become_harmless_folders():

@@ -2,7 +2,8 @@
 
 Ranks share out the files by their global number and never talk: each draws what is not there. A file appears whole or not at
 all, and one that is there is never drawn again, so the same command goes on after an interruption, with any number of ranks.
-`generation.json` beside the pictures says how they are drawn; a folder that was begun otherwise is refused.
+`generation.json` beside the pictures says how they are drawn; a folder that was begun otherwise is refused. `software/` says what
+drew them: versions, commit and device of every session.
 """
 
 import io
@@ -17,10 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..data.images import load_image
-from ..software import software
 from .benchmarks import METADATA_FILE, Benchmark, Drawing
 from .pipelines import call_arguments, draw_pictures
-from .results import PACKAGES, write_settings, write_whole
+from .results import record_software, write_settings, write_whole
 
 
 PICTURES = "pictures"  # the folder that official scorers read
@@ -85,11 +85,12 @@ def generate(
         "arguments": arguments,
         "seed": seed,
         "batch_size": batch_size,  # sums of another batch are rounded otherwise
-        "software": software(PACKAGES),
     }
-    write_settings(output / SETTINGS, settings, "The pictures were", free=("software",))
+    write_settings(output / SETTINGS, settings, "The pictures were")
     folder = output / PICTURES
     missing = [drawing for drawing in benchmark.drawings[rank::num_ranks] if not (folder / drawing.path).exists()]
+    if missing:
+        record_software(output, str(pipeline.device))
     progress = tqdm(total=len(missing), desc="Drawing", unit="file", disable=None if rank == 0 else True)
     for batch in in_batches(missing, batch_size):
         prompts = [drawing.prompt for drawing in batch for _ in drawing.seeds]

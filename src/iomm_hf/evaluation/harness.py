@@ -2,8 +2,9 @@
 
 ```
 OUTPUT/generation.json         how the pictures are drawn
+OUTPUT/software/               versions, commit and device of every session that drew some
 OUTPUT/pictures/...            the official layout: the authors' scorers read it
-OUTPUT/scores/SCORER/          scorer.json, details-*.jsonl (what was seen), result.json, report
+OUTPUT/scores/SCORER/          scorer.json, software/, details-*.jsonl (what was seen), result.json, report
 ```
 
 Under `accelerate launch` ranks share out drawing, detection and judging by a model that runs here; the first one asks served judges and
@@ -42,6 +43,8 @@ from .results import (
     folder_name,
     hash_pictures,
     read_result,
+    read_software,
+    record_software,
     write_settings,
     write_whole,
 )
@@ -317,8 +320,8 @@ def score(
     details = Details(target, group.rank, hashes)
     counts: dict[str, int] = {}
     about: dict[str, Any]
+    device = config.device if config.device is not None else rank_device(group)
     if config.benchmark == "geneval":
-        device = config.device if config.device is not None else rank_device(group)
         models = GenEvalModels(
             config.detector,
             config.clip,
@@ -330,13 +333,13 @@ def score(
         begin_scoring(target, about, benchmark)
         if (kept := kept_result(config, benchmark, hashes)) is not None:
             return kept if group.first else None
-        look(benchmark, pictures, details, group, models.score)
+        look(benchmark, pictures, details, group, device, models.score)
     elif config.benchmark == "shapes":
         about = {"kind": "rules", "rules": "iomm_hf.evaluation.shapes.score_image"}
         begin_scoring(target, about, benchmark)
         if (kept := kept_result(config, benchmark, hashes)) is not None:
             return kept if group.first else None
-        look(benchmark, pictures, details, group, look_at_shapes)
+        look(benchmark, pictures, details, group, "cpu", look_at_shapes)
     if config.benchmark not in JUDGED:
         group.wait()
         if not group.first:
@@ -355,7 +358,7 @@ def score(
         judge = served or TransformersJudge(
             config.judge,
             revision=config.judge_revision,
-            device=config.device if config.device is not None else rank_device(group),
+            device=device,
             **config.judge_options,
         )
         about = judge.about | {"wording": task.wording}
@@ -387,6 +390,7 @@ def score(
         "filtered": sum(note["filtered"] for note in notes if note is not None),
         **counts,
     }
+    about = about | {"software": read_software(target)}
     result = build_result(
         benchmark, scores, scorer=about, counts=counts, pictures=pictures, hashes=hashes, generation=generation
     )
@@ -409,11 +413,14 @@ def look(
     pictures: Mapping[str, Path],
     details: Details,
     group: Ranks,
+    device: str,
     see: Callable[[Any, Mapping[str, Any]], dict[str, Any]],
 ):
     """This rank's share of the pictures that have no line yet."""
     done = details.read()
     waiting = [drawing for drawing in benchmark.drawings[group.rank :: group.count] if drawing.path not in done]
+    if waiting:
+        record_software(details.folder, device)
     for drawing in tqdm(waiting, desc="Looking", unit="picture", disable=None if group.first else True):
         metadata = benchmark.metadata[drawing.item]
         line = {"key": drawing.path, "item": drawing.item, "task": metadata["tag"], "prompt": drawing.prompt}
@@ -428,7 +435,7 @@ def look_at_shapes(picture: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None:
     """
-    How the pictures in a folder were drawn; `None` for those that came from elsewhere.
+    How the pictures in a folder were drawn, and by which software; `None` for those that came from elsewhere.
 
     Raises:
         OSError: If they were drawn for another benchmark, version, subset or wording of prompts.
@@ -443,7 +450,7 @@ def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None
     if differing:
         name = differing[0]
         raise OSError(f"The pictures in {folder} were drawn with {name} {drawn.get(name)!r}, not {asked[name]!r}.")
-    return generation
+    return generation | {"software": read_software(folder.parent)}
 
 
 def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | None, folder: Path):

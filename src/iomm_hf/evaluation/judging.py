@@ -17,7 +17,7 @@ from . import dpg, imgedit, wise
 from .benchmarks import Benchmark
 from .geneval_models import load_picture
 from .judges import Judge, Question
-from .results import Details, Incomplete
+from .results import Details, Incomplete, record_software
 from .wording import Message, fill_in, read_wording
 
 
@@ -202,6 +202,8 @@ def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_
     waiting = [
         key for key in task.keys[rank::num_ranks] if key in missing
     ]  # shares of all: others may be writing already
+    if waiting:
+        record_software(details.folder, judge.device)
     answers = judge.ask(map(task.question, waiting))
     for answer in tqdm(
         answers, total=len(waiting), desc="Judging", unit="answer", disable=None if rank == 0 else True

@@ -139,6 +139,10 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
         text += (
             f"; {counts['filtered']} pictures were taken away by the pipeline's filter" if counts["filtered"] else ""
         )
+        for done, by in (("drawn", result["generation"] or {}), ("looked at", scorer)):
+            several = by.get("software")
+            if isinstance(several, list) and len(several) > 1:
+                text += f"; {done} by {len(several)} different sets of packages, commit and device"
         lines.append(text + ".")
     keys = [
         (

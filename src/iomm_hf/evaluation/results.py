@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..software import software
@@ -23,6 +24,7 @@ from .benchmarks import Benchmark
 
 SCHEMA = "iomm-hf/evaluation/1"
 RESULT = "result.json"
+SOFTWARE = "software"  # folder of what worked on a run, beside its settings
 # Where scores hold what the overall one is made of
 PARTS = {
     "geneval": "tasks",
@@ -52,7 +54,43 @@ def write_whole(path: Path, content: bytes, scratch: Path):
         raise
 
 
-def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Iterable[str] = ()):
+def record_software(folder: Path, device: str | None):
+    """
+    Writes down what works on a folder from now on: package versions, commit and device. What is there already, such as that of a
+    session that was interrupted or of another rank, stays beside it.
+
+    Args:
+        folder (`Path`): The record goes to `software/` in it.
+        device (`str`, *optional*): That is worked on, as torch names it; `None` where the work is done elsewhere.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> record_software(folder, "cpu")
+    >>> record_software(folder, "cpu")
+    >>> [record["device"] for record in read_software(folder)]
+    ['cpu']
+    ```
+    """
+    content = as_json(software(PACKAGES) | {"device": None if device is None else device_name(device)})
+    name = hashlib.sha256(content).hexdigest()[:12]
+    write_whole(folder / SOFTWARE / f"{name}.json", content, folder / ".writing")
+
+
+def read_software(folder: Path) -> list[dict[str, Any]]:
+    """All that has worked on a folder, one entry for each different one."""
+    return [json.loads(file.read_bytes()) for file in sorted((folder / SOFTWARE).glob("*.json"))]
+
+
+def device_name(device: str) -> str:
+    """A device's model where torch knows it, otherwise its kind; without a number, which differs between equal ones."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], kind: str):
     """
     Writes settings beside what they belong to, or checks that they are those that it was begun with.
 
@@ -60,7 +98,6 @@ def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Ite
         path (`Path`): The JSON file.
         settings (`dict`): What to write.
         kind (`str`): What was begun, for the message.
-        free (`list[str]`, *optional*): Entries that may differ when work goes on, such as versions.
 
     Raises:
         OSError: If the file is there and says something else.
@@ -78,7 +115,7 @@ def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Ite
     if not path.is_file():
         write_whole(path, as_json(plain), path.parent / ".writing")
     begun = json.loads(path.read_text())  # also where another rank was faster
-    differing = [name for name in {**begun, **plain} if name not in free and begun.get(name) != plain.get(name)]
+    differing = [name for name in {**begun, **plain} if begun.get(name) != plain.get(name)]
     if differing:
         name = differing[0]
         raise OSError(
