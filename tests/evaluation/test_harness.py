@@ -270,6 +270,9 @@ def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
         with pytest.raises(ValueError, match="Not asked"):
             evaluate(config("wise", tmp_path / "run", prices=(2.5, 10.0), **options), lambda cost: False)
     assert server.requests == [] and not (tmp_path / "run").exists()
+    with pytest.raises(OSError, match="nobody/judge"):  # one that would run here, and is nowhere
+        evaluate(config("wise", tmp_path / "run", data=tmp_path / "data", limit=8, judge="nobody/judge"))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="has no default: name one with --judge"):
         config("wise", tmp_path / "run")
 

@@ -30,7 +30,7 @@ from ..shipped import shipped_model
 from . import geneval
 from .benchmarks import Benchmark, load_benchmark
 from .generation import PICTURES, SETTINGS, generate, read_note
-from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name
+from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name, resolve_model
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
 from .pipelines import hash_parts, load_pipeline
@@ -268,12 +268,14 @@ def prepare_judge(
     folder: Path,
     confirm: Callable[[str], bool] = lambda text: True,
 ) -> tuple[Judged, Judge | None]:
-    """Everything about judging that can fail, before hours of drawing: files, key, cost. A judge that runs here is loaded later."""
+    """Everything about judging that can fail, before hours of drawing: files, key, cost, and where a
+    judge that runs here is to be found; it is loaded later."""
     pictures = {drawing.path: folder / drawing.path for drawing in benchmark.drawings}
     task = judged(benchmark, pictures, config.wording)
-    if config.judge_url is None:
-        return task, None
     assert config.judge is not None
+    if config.judge_url is None:
+        resolve_model(config.judge, config.judge_revision)
+        return task, None
     judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
     if (scorer_folder(config) / SCORER).is_file():
         begin_scoring(scorer_folder(config), judge.about | {"wording": task.wording}, benchmark)
