@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from .generation import read_note
 from .geneval_models import load_picture
 from .paper import PAPER
-from .results import PARTS, Details, read_result, values_of
+from .results import PARTS, Details, changes_of_software, read_result, values_of
 
 
 REPORT = "report.md"
@@ -139,10 +139,7 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
         text += (
             f"; {counts['filtered']} pictures were taken away by the pipeline's filter" if counts["filtered"] else ""
         )
-        for done, by in (("drawn", result["generation"] or {}), ("looked at", scorer)):
-            several = by.get("software")
-            if isinstance(several, list) and len(several) > 1:
-                text += f"; {done} by {len(several)} different sets of packages, commit and device"
+        text += "".join(f"; {remark}" for remark in changes_of_software(result))
         lines.append(text + ".")
     keys = [
         (

@@ -84,6 +84,18 @@ def read_software(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_bytes()) for file in sorted((folder / SOFTWARE).glob("*.json"))]
 
 
+def changes_of_software(result: Mapping[str, Any]) -> list[str]:
+    """What to say of a result that more than one set of packages, commit and device has worked on."""
+    works = (("drawn", result["generation"] or {}), ("looked at", result["scorer"]))
+    # The first results held one set, as a dict.
+    counts = {done: len(by["software"]) for done, by in works if isinstance(by.get("software"), list)}
+    return [
+        f"{done} by {count} different sets of packages, commit and device"
+        for done, count in counts.items()
+        if count > 1
+    ]
+
+
 def device_name(device: str) -> str:
     """A device's model where torch knows it, otherwise its kind; without a number, which differs between equal ones."""
     kind = torch.device(device).type
