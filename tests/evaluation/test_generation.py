@@ -208,8 +208,13 @@ def test_a_folder_of_the_official_generator_is_read(geneval, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "00000/samples/00004.png")
     with pytest.raises(Incomplete, match="holds 5 pictures"):
         find_pictures(geneval, tmp_path)
-    (tmp_path / "00000/metadata.jsonl").write_text(json.dumps(geneval.metadata["00276"]))
-    with pytest.raises(Incomplete, match="other prompts, or in another order"):
+    own = geneval.metadata["00000"]
+    for other in (geneval.metadata["00276"], own | {"prompt": "A weathered oak bench, 8k"}):
+        (tmp_path / "00000/metadata.jsonl").write_text(json.dumps(other))
+        with pytest.raises(Incomplete, match="other prompts, or in another order"):
+            find_pictures(geneval, tmp_path)
+    (tmp_path / "00000/metadata.jsonl").unlink()
+    with pytest.raises(Incomplete, match="metadata.jsonl is missing, so nothing says what"):
         find_pictures(geneval, tmp_path)
 
 

@@ -15,6 +15,7 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.report import write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.pipeline_iomm import IOMMPipeline
@@ -72,7 +73,7 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
     options = {"limit": 6, "detector": detectors[0], "clip": detectors[1]}
     result, file = evaluate(config("geneval", tmp_path, **options))
     assert read_result(file) == result and result["schema"] == "iomm-hf/evaluation/1"
-    assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0}
+    assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0, "without_note": 0}
     assert set(result["scores"]["tasks"]) == {
         "single_object",
         "two_object",
@@ -349,6 +350,31 @@ def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):
     file.write_text(json.dumps(settings))
     with pytest.raises(OSError, match="were drawn with rewriting"):
         evaluate(config("geneval", tmp_path, step="score", **options))
+
+
+def test_pictures_of_ours_are_not_scored_as_others_wherever_they_lie(drawn, tmp_path):
+    """A folder of ours, moved away from its generation.json, still says in each picture what was drawn."""
+    pictures = tmp_path / "moved"
+    shutil.copytree(drawn / "pictures", pictures)
+    result, file = evaluate(config("shapes", tmp_path / "own", limit=2, pictures=pictures))
+    assert result["generation"] is None and result["counts"]["without_note"] == 0
+    assert "the benchmark's own prompts" in write_report([file], tmp_path / "report")
+
+    rewritten = tmp_path / "rewritten.jsonl"
+    items = load_benchmark("shapes").metadata
+    rows = [{"item": item, "prompt": f"a picture of {row['prompt']}"} for item, row in items.items()]
+    rewritten.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(OSError, match=r"was drawn for the prompt '.*', and 'a picture of .*' is asked for"):
+        evaluate(config("shapes", tmp_path / "run", limit=2, pictures=pictures, rewritten=rewritten))
+    first, second = sorted(pictures.iterdir())
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(OSError, match="was drawn for the item '00600', and '00000' is asked for"):
+        evaluate(config("shapes", tmp_path / "run", limit=2, pictures=pictures))
+
+    elsewhere = give_shapes(tmp_path / "elsewhere", "white", 2)
+    result, file = evaluate(config("shapes", tmp_path / "theirs", limit=2, pictures=elsewhere))
+    assert result["counts"]["without_note"] == 2
+    assert "2 of 2 files, prompts unknown, looked at by" in write_report([file], tmp_path / "report")
 
 
 @pytest.mark.parametrize(

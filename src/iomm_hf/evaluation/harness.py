@@ -315,6 +315,7 @@ def score(
     """The second step: what is seen in every picture, and what it adds up to."""
     pictures = find_pictures(benchmark, folder)
     generation = read_generation(folder, benchmark)
+    notes = read_notes(benchmark, pictures)
     if config.step == "score":
         check_how_drawn(config, generation, folder)
     target = scorer_folder(config)
@@ -384,12 +385,12 @@ def score(
                 for kind in ("read", "written")
             },
         }
-    notes = [read_note(file) for file in pictures.values()]
     counts = {
         "expected": len(benchmark.drawings),
         "found": len(pictures),
         "pictures": sum(len(drawing.seeds) for drawing in benchmark.drawings),
         "filtered": sum(note["filtered"] for note in notes if note is not None),
+        "without_note": notes.count(None),
         **counts,
     }
     about = about | {"software": read_software(target)}
@@ -453,6 +454,26 @@ def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None
         name = differing[0]
         raise OSError(f"The pictures in {folder} were drawn with {name} {drawn.get(name)!r}, not {asked[name]!r}.")
     return generation | {"software": read_software(folder.parent)}
+
+
+def read_notes(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[dict[str, Any] | None]:
+    """
+    What each picture says of itself; `None` for those that were not drawn here.
+
+    Raises:
+        OSError: If one says that it is of another benchmark, item or prompt.
+    """
+    notes = []
+    for drawing in benchmark.drawings:
+        note = read_note(pictures[drawing.path])
+        for name, asked in (("benchmark", benchmark.name), ("item", drawing.item), ("prompt", drawing.prompt)):
+            if note is not None and note[name] != asked:
+                raise OSError(
+                    f"{pictures[drawing.path]} was drawn for the {name} {note[name]!r}, and {asked!r} is asked for. Prompts that were"
+                    " rewritten are given with --rewritten."
+                )
+        notes.append(note)
+    return notes
 
 
 def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | None, folder: Path):

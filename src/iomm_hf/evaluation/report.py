@@ -132,6 +132,9 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
         who = scorer.get("judge") or scorer.get("detector") or scorer.get("rules")
         commit = scorer.get("revision") or scorer.get("detector_revision")
         prompts = "rewritten prompts" if about["rewriting"] else "the benchmark's own prompts"
+        # GenEval's folders hold their prompts, whoever drew them.
+        if result["generation"] is None and about["name"] != "geneval" and counts.get("without_note", counts["found"]):
+            prompts = "prompts unknown"
         text = f"- {name}: {counts['found']:,} of {counts['expected']:,} files, {prompts}, looked at by {who}"
         text += f" at {commit}" if commit else ""
         unread = sum(counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed"))

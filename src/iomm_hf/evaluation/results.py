@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..software import software
-from .benchmarks import Benchmark
+from .benchmarks import METADATA_FILE, Benchmark
 
 
 SCHEMA = "iomm-hf/evaluation/1"
@@ -216,7 +216,7 @@ def find_pictures(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
     Where each file of a benchmark lies in a folder of its official layout, ours or another's.
 
     Raises:
-        Incomplete: If any is missing, or GenEval's folders hold other prompts or another number of pictures.
+        Incomplete: If any is missing, or GenEval's folders hold no prompts, other ones, or another number of pictures.
 
     Example:
 
@@ -253,15 +253,17 @@ def find_geneval(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
         samples = folder / item / "samples"
         if not samples.is_dir():
             continue
-        line = folder / item / "metadata.jsonl"
-        if line.is_file():
-            written = json.loads(line.read_text())
-            wanted = {name: metadata.get(name) for name in ("tag", "include", "exclude")}
-            if {name: written.get(name) for name in wanted} != wanted:
-                raise Incomplete(
-                    f"{line} asks for {written.get('prompt')!r}; item {item} of the benchmark is {metadata['prompt']!r}. These are"
-                    " other prompts, or in another order."
-                )
+        line = folder / item / METADATA_FILE
+        if not line.is_file():
+            raise Incomplete(f"{line} is missing, so nothing says what {samples} was drawn for.")
+        written = json.loads(line.read_bytes())
+        wanted = {name: metadata.get(name) for name in ("tag", "include", "exclude")}
+        prompts = {metadata["prompt"], *(drawing.prompt for drawing in benchmark.drawings if drawing.item == item)}
+        if {name: written.get(name) for name in wanted} != wanted or written.get("prompt") not in prompts:
+            raise Incomplete(
+                f"{line} asks for {written.get('prompt')!r}; item {item} of the benchmark is {metadata['prompt']!r}. These are"
+                " other prompts, or in another order."
+            )
         pictures = sorted(
             (p for p in samples.iterdir() if re.fullmatch(r"\d+\.png", p.name)), key=lambda p: int(p.stem)
         )
