@@ -35,6 +35,7 @@ from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
 from .pipelines import hash_parts, load_pipeline
 from .results import (
+    LOCAL,
     RESULT,
     Details,
     as_json,
@@ -53,7 +54,6 @@ from .shapes import report_verdicts, score_image
 
 SCORES = "scores"
 SCORER = "scorer.json"
-LOCAL = "local.json"  # where the pictures are on this machine; stays on it
 JUDGED = ("dpg", "wise", "wise-verified", "imgedit")
 
 
@@ -399,7 +399,8 @@ def score(
     )
     result = json.loads(as_json(result))
     write_whole(target / RESULT, as_json(result), target / ".writing")
-    write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    if config.pictures is not None:
+        write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
     return result, target / RESULT
 
 
