@@ -1,5 +1,6 @@
 """A benchmark's pictures: in the official layout, the same whoever draws them, never drawn over, for any diffusers pipeline."""
 
+import hashlib
 import json
 
 import pytest
@@ -52,6 +53,27 @@ def test_ranks_and_an_interruption_change_no_picture(pipe, geneval, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
     assert draw(pipe, geneval, tmp_path / "stopped") == 0
+
+
+def test_neither_shares_nor_what_is_missing_change_who_is_drawn_with_whom(tmp_path):
+    """A pipeline whose pictures tell of their whole batch: rounding tells of it too, but not on every machine."""
+    benchmark = load_benchmark("shapes", limit=10)
+
+    def run(name, **more):
+        return generate(Sociable(), benchmark, tmp_path / name, about={}, batch_size=4, **more)
+
+    assert run("whole") == 10
+    whole = files_of(tmp_path / "whole")
+    assert len({Image.open(tmp_path / "whole/pictures" / name).getpixel((0, 0)) for name in whole}) == 3  # 4, 4 and 2
+    assert [run("ranks", rank=rank, num_ranks=2) for rank in (1, 0)] == [4, 6]
+    assert files_of(tmp_path / "ranks") == whole
+    names = sorted(whole)
+    for name in (names[1], names[6], names[9]):
+        (tmp_path / "ranks/pictures" / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks/pictures").iterdir()}
+    assert [run("ranks", rank=rank, num_ranks=3) for rank in range(3)] == [1, 1, 1]
+    assert files_of(tmp_path / "ranks") == whole
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_a_part_of_the_benchmark_draws_the_pictures_of_the_whole():
@@ -143,6 +165,14 @@ class PlainPipeline(DiffusionPipeline):
         output = ImagePipelineOutput(images=images)
         output["nsfw_content_detected"] = [text.endswith("cow") for text in prompt]
         return output
+
+
+class Sociable(DiffusionPipeline):
+    """Each of its pictures has a colour that comes of all prompts that were drawn with it."""
+
+    def __call__(self, prompt, generator=None):
+        color = tuple(hashlib.sha256("".join(prompt).encode()).digest()[:3])
+        return ImagePipelineOutput(images=[Image.new("RGB", (8, 8), color) for _ in prompt])
 
 
 def test_any_pipeline_is_called_by_its_own_signature(tmp_path):
