@@ -158,7 +158,16 @@ class PlainPipeline(DiffusionPipeline):
         super().__init__()
         self.calls = []
 
-    def __call__(self, prompt, num_inference_steps=7, true_cfg_scale=4.0, height=None, generator=None):
+    def __call__(
+        self,
+        prompt,
+        num_inference_steps=7,
+        true_cfg_scale=4.0,
+        height=None,
+        instruction=("Draw", "well."),
+        generator=None,
+        dtype=torch.float32,
+    ):
         self.calls.append((prompt, num_inference_steps, true_cfg_scale))
         noise = [torch.rand(3, generator=own) for own in generator]
         images = [Image.new("RGB", (16, 16), tuple((own * 255).int().tolist())) for own in noise]
@@ -184,8 +193,12 @@ def test_any_pipeline_is_called_by_its_own_signature(tmp_path):
     assert pipeline.calls == [(["a photo of a bench"] * 4 + ["a photo of a cow"] * 4, 7, 2.5)]
     settings = json.loads((tmp_path / "generation.json").read_text())
     assert settings["arguments"] == {"num_inference_steps": 7, "true_cfg_scale": 2.5}  # the default is told too
+    # What it was not called with as well, as far as JSON can hold it.
+    assert settings["defaults"] == {"height": None, "instruction": ["Draw", "well."]}
     assert read_note(tmp_path / "pictures/00001/samples/0000.png")["filtered"] == 1
-    with pytest.raises(ValueError, match="PlainPipeline has no argument guidance_scale. It has: generator, height"):
+    with pytest.raises(
+        ValueError, match="PlainPipeline has no argument guidance_scale. It has: dtype, generator, height"
+    ):
         generate(pipeline, benchmark, tmp_path / "other", about={}, asked={"guidance_scale": 3.0})
     assert not (tmp_path / "other").exists()
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import load_image
 from .benchmarks import METADATA_FILE, Benchmark, Drawing
-from .pipelines import call_arguments, draw_pictures
+from .pipelines import call_arguments, call_defaults, draw_pictures
 from .results import record_software, write_settings, write_whole
 
 
@@ -84,6 +84,7 @@ def generate(
         "benchmark": benchmark.describe(),
         "model": dict(about),
         "arguments": arguments,
+        "defaults": call_defaults(pipeline, arguments),
         "seed": seed,
         "batch_size": batch_size,  # sums of another batch are rounded otherwise
     }

@@ -493,7 +493,8 @@ def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | No
         )
     model = generation["model"]
     drawn = {"checkpoint": model["name"], "seed": generation["seed"], "batch_size": generation["batch_size"]}
-    drawn |= {name: model[name] for name in ("revision", "dtype", "ema")} | generation["arguments"]
+    drawn |= {name: model[name] for name in ("revision", "dtype", "ema")}
+    drawn |= generation["defaults"] | generation["arguments"]
     if config.checkpoint is not None:
         given["checkpoint"] = public_name(str(config.checkpoint))
         if Path(config.checkpoint).is_dir():  # a name that holds two folders' ends does not tell runs apart
