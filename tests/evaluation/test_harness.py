@@ -18,6 +18,7 @@ from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
 from iomm_hf.evaluation.report import write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
+from iomm_hf.integrity import sha256
 from iomm_hf.pipeline_iomm import IOMMPipeline
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
@@ -334,6 +335,12 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
     content = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
     assert content[0]["text"] in ("Add edit 1!", "Style edit 369!", "Add edit 369!")
+    source = {"animal/1.jpg": sha256(data / "pictures/animal/1.jpg")}
+    assert result["files"]["pictures"] == {
+        "repository": None,
+        "commit": None,
+        "sha256": source,
+    }  # from a folder of one's own
     items["1"]["id"] = "../outside.jpg"
     (data / origin.prompts[0]).write_text(json.dumps(items))
     with LocalJudge(lambda request: "") as server, pytest.raises(ValueError, match="leads out of its folder"):

@@ -175,6 +175,8 @@ def _imgedit(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> 
         types = {item: row["edit_type"] for item, row in benchmark.metadata.items()}
         return imgedit.summarize({key.removesuffix(".png"): value for key, value in answers.items()}, types)
 
+    for row in benchmark.metadata.values():
+        data.picture(row["id"])  # found, and hashed, before anything is asked or drawn
     keys = [drawing.path for drawing in benchmark.drawings]
     characters = sum(len(wordings[row["edit_type"]]) + len(row["prompt"]) for row in benchmark.metadata.values())
     lowest = [1] * imgedit.SCORES
