@@ -124,10 +124,14 @@ def evaluate(
     argument: Annotated[
         list[str], typer.Option(help="NAME=VALUE of another argument of the pipeline's call; may be repeated.")
     ] = [],  # noqa: B006  (typer copies it)
-    seed: Annotated[int, typer.Option(help="Of the run; each picture has its own, made of it.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 8,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the run; each picture has its own, made of it. Default: 0.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at a time. Default: 8.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the accelerator, if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the pipeline: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the pipeline: float32, bfloat16 or float16. Default: float32.")
+    ] = None,
     ema: Annotated[
         bool | None, typer.Option("--ema/--no-ema", help="Whether weights are averaged. Default: as its run says.")
     ] = None,

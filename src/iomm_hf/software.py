@@ -1,8 +1,9 @@
-"""What runs: versions of packages, and the commit that it was started from."""
+"""What runs: versions of packages, and the commit that iomm-hf itself is at."""
 
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from shutil import which
 from typing import Any
 
@@ -12,8 +13,8 @@ PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "data
 
 def software(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """
-    Versions, `None` for packages that are not installed, and the commit of the folder that this is started in, if it is a git
-    repository.
+    Versions, `None` for packages that are not installed, and the commit of the git repository that this package runs out of;
+    `None` where it was installed without one, whatever repository lies around it.
 
     Example:
 
@@ -22,11 +23,24 @@ def software(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     ['no-such-package', 'python', 'torch']
     ```
     """
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True) if which("git") else None
     return {
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
-        "commit": commit.stdout.strip() if commit is not None and commit.returncode == 0 else None,
+        "commit": own_commit(),
     }
+
+
+def own_commit() -> str | None:
+    file = Path(__file__).resolve()
+    tracked = ask_git(file.parent, "ls-files", "--error-unmatch", file.name)
+    return None if tracked is None else ask_git(file.parent, "rev-parse", "HEAD")
+
+
+def ask_git(folder: Path, *arguments: str) -> str | None:
+    """What git answers in a folder; `None` where it is not installed or fails."""
+    if not which("git"):
+        return None
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def installed(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """A benchmark's pictures: in the official layout, the same whoever draws them, never drawn over, for any diffusers pipeline."""
 
+import hashlib
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from iomm_hf.evaluation.benchmarks import check_item, first_items, load_benchmark
 from iomm_hf.evaluation.generation import generate, grid, in_batches, read_note
-from iomm_hf.evaluation.results import Incomplete, find_pictures
+from iomm_hf.evaluation.results import Incomplete, find_pictures, read_software
 
 
 STEPS = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -54,6 +55,27 @@ def test_ranks_and_an_interruption_change_no_picture(pipe, geneval, tmp_path):
     assert draw(pipe, geneval, tmp_path / "stopped") == 0
 
 
+def test_neither_shares_nor_what_is_missing_change_who_is_drawn_with_whom(tmp_path):
+    """A pipeline whose pictures tell of their whole batch: rounding tells of it too, but not on every machine."""
+    benchmark = load_benchmark("shapes", limit=10)
+
+    def run(name, **more):
+        return generate(Sociable(), benchmark, tmp_path / name, about={}, batch_size=4, **more)
+
+    assert run("whole") == 10
+    whole = files_of(tmp_path / "whole")
+    assert len({Image.open(tmp_path / "whole/pictures" / name).getpixel((0, 0)) for name in whole}) == 3  # 4, 4 and 2
+    assert [run("ranks", rank=rank, num_ranks=2) for rank in (1, 0)] == [4, 6]
+    assert files_of(tmp_path / "ranks") == whole
+    names = sorted(whole)
+    for name in (names[1], names[6], names[9]):
+        (tmp_path / "ranks/pictures" / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks/pictures").iterdir()}
+    assert [run("ranks", rank=rank, num_ranks=3) for rank in range(3)] == [1, 1, 1]
+    assert files_of(tmp_path / "ranks") == whole
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
 def test_a_part_of_the_benchmark_draws_the_pictures_of_the_whole():
     whole = load_benchmark("geneval")
     few = first_items(whole, 1)
@@ -73,6 +95,21 @@ def test_other_settings_are_refused_in_a_folder_that_was_begun(pipe, geneval, tm
     with pytest.raises(OSError, match="model was"):
         generate(pipe, geneval, tmp_path, about={"name": "other"}, asked=STEPS, batch_size=1)
     assert files_of(tmp_path) == before
+
+
+def test_every_session_that_drew_is_on_record(pipe, geneval, tmp_path):
+    draw(pipe, geneval, tmp_path, rank=0, num_ranks=2)
+    [first] = read_software(tmp_path)
+    version = first["versions"]["torch"]
+    assert first["device"] == "cpu" and version is not None
+    # An earlier session of other versions; going on adds one's own, and only who draws something does.
+    file = next((tmp_path / "software").iterdir())
+    file.write_text(json.dumps(first | {"versions": {"torch": "1.0"}}))
+    file.rename(file.with_name("earlier.json"))
+    draw(pipe, geneval, tmp_path, rank=0, num_ranks=2)
+    assert len(read_software(tmp_path)) == 1
+    draw(pipe, geneval, tmp_path)
+    assert sorted(record["versions"]["torch"] for record in read_software(tmp_path)) == ["1.0", version]
 
 
 def test_a_failed_write_leaves_nothing_half(pipe, geneval, tmp_path, monkeypatch):
@@ -121,13 +158,30 @@ class PlainPipeline(DiffusionPipeline):
         super().__init__()
         self.calls = []
 
-    def __call__(self, prompt, num_inference_steps=7, true_cfg_scale=4.0, height=None, generator=None):
+    def __call__(
+        self,
+        prompt,
+        num_inference_steps=7,
+        true_cfg_scale=4.0,
+        height=None,
+        instruction=("Draw", "well."),
+        generator=None,
+        dtype=torch.float32,
+    ):
         self.calls.append((prompt, num_inference_steps, true_cfg_scale))
         noise = [torch.rand(3, generator=own) for own in generator]
         images = [Image.new("RGB", (16, 16), tuple((own * 255).int().tolist())) for own in noise]
         output = ImagePipelineOutput(images=images)
         output["nsfw_content_detected"] = [text.endswith("cow") for text in prompt]
         return output
+
+
+class Sociable(DiffusionPipeline):
+    """Each of its pictures has a colour that comes of all prompts that were drawn with it."""
+
+    def __call__(self, prompt, generator=None):
+        color = tuple(hashlib.sha256("".join(prompt).encode()).digest()[:3])
+        return ImagePipelineOutput(images=[Image.new("RGB", (8, 8), color) for _ in prompt])
 
 
 def test_any_pipeline_is_called_by_its_own_signature(tmp_path):
@@ -139,8 +193,12 @@ def test_any_pipeline_is_called_by_its_own_signature(tmp_path):
     assert pipeline.calls == [(["a photo of a bench"] * 4 + ["a photo of a cow"] * 4, 7, 2.5)]
     settings = json.loads((tmp_path / "generation.json").read_text())
     assert settings["arguments"] == {"num_inference_steps": 7, "true_cfg_scale": 2.5}  # the default is told too
+    # What it was not called with as well, as far as JSON can hold it.
+    assert settings["defaults"] == {"height": None, "instruction": ["Draw", "well."]}
     assert read_note(tmp_path / "pictures/00001/samples/0000.png")["filtered"] == 1
-    with pytest.raises(ValueError, match="PlainPipeline has no argument guidance_scale. It has: generator, height"):
+    with pytest.raises(
+        ValueError, match="PlainPipeline has no argument guidance_scale. It has: dtype, generator, height"
+    ):
         generate(pipeline, benchmark, tmp_path / "other", about={}, asked={"guidance_scale": 3.0})
     assert not (tmp_path / "other").exists()
 
@@ -193,8 +251,13 @@ def test_a_folder_of_the_official_generator_is_read(geneval, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "00000/samples/00004.png")
     with pytest.raises(Incomplete, match="holds 5 pictures"):
         find_pictures(geneval, tmp_path)
-    (tmp_path / "00000/metadata.jsonl").write_text(json.dumps(geneval.metadata["00276"]))
-    with pytest.raises(Incomplete, match="other prompts, or in another order"):
+    own = geneval.metadata["00000"]
+    for other in (geneval.metadata["00276"], own | {"prompt": "A weathered oak bench, 8k"}):
+        (tmp_path / "00000/metadata.jsonl").write_text(json.dumps(other))
+        with pytest.raises(Incomplete, match="other prompts, or in another order"):
+            find_pictures(geneval, tmp_path)
+    (tmp_path / "00000/metadata.jsonl").unlink()
+    with pytest.raises(Incomplete, match="metadata.jsonl is missing, so nothing says what"):
         find_pictures(geneval, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.report import write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
-from iomm_hf.evaluation.shapes import benchmark_plan
+from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
+from iomm_hf.integrity import sha256
 from iomm_hf.pipeline_iomm import IOMMPipeline
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
@@ -39,8 +42,17 @@ def detectors(tmp_path_factory):
     return [str(folder) for folder in save_tiny_detectors(tmp_path_factory.mktemp("detectors"))]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run of two pictures by the shipped model, drawn and not scored."""
+    output = tmp_path_factory.mktemp("drawn")
+    evaluate(config("shapes", output, limit=2, step="generate"))
+    return output
+
+
 def config(benchmark: str, output: Path, **more) -> EvaluationConfig:
-    return EvaluationConfig(benchmark, output, arguments=dict(STEPS), device="cpu", **more)
+    arguments = {} if "pictures" in more else dict(STEPS)  # given pictures are scored as they are
+    return EvaluationConfig(benchmark, output, **{"arguments": arguments, "device": "cpu", **more})
 
 
 def write_wise(folder: Path, name: str):
@@ -62,7 +74,7 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
     options = {"limit": 6, "detector": detectors[0], "clip": detectors[1]}
     result, file = evaluate(config("geneval", tmp_path, **options))
     assert read_result(file) == result and result["schema"] == "iomm-hf/evaluation/1"
-    assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0}
+    assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0, "without_note": 0}
     assert set(result["scores"]["tasks"]) == {
         "single_object",
         "two_object",
@@ -85,6 +97,8 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
         and str(tmp_path) not in file.read_text()
         and detectors[0] not in file.read_text()
     )
+    [drew], [looked] = generation["software"], result["scorer"]["software"]
+    assert drew == looked == result["software"] | {"device": "cpu"}
     lines = Details(file.parent).read()
     assert len(lines) == 24 and all(
         {"prompt", "correct", "reason", "detections"} <= set(line) for line in lines.values()
@@ -161,10 +175,10 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
         wrong = next((reply for thing, reply in replies.items() if f'"{thing}"' in text), None)
         return "Score: 1" if wrong is None or healthy["now"] else wrong
 
-    def run(**more):
+    def run(confirm=lambda cost: True, **more):
         options = {"data": tmp_path / "data", "limit": 8, "pictures": tmp_path / "given", **judge_of(server), **more}
         options["judge_options"] = {"workers": 1}
-        return evaluate(config("wise-verified", tmp_path / "run", **options))
+        return evaluate(config("wise-verified", tmp_path / "run", **options), confirm)
 
     with LocalJudge(respond) as server:
         server.fail_next("garbage")  # meets the first question, which is refused afterwards
@@ -183,11 +197,70 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
         assert result["scorer"]["unreadable"] == "lowest" and result["counts"]["questions"] == 8
         assert result["scores"]["categories"]["culture"]["value"] == 0.25
 
+        # The result that is there is shown, or another one refused, before anything is asked or paid for.
         healthy["now"] = True
-        with pytest.raises(OSError, match="results are never replaced"):
-            run()
+        asked, costs = len(server.requests), []
+        assert run(unreadable="lowest", confirm=costs.append) == (result, file)
+        with pytest.raises(
+            OSError, match=r"\(unreadable differ\), and results are never replaced. Remove it, and what"
+        ):
+            run(confirm=costs.append)
+        assert len(server.requests) == asked and costs == []
         file.unlink()
         assert run()[0]["scores"]["categories"]["culture"]["value"] == 1.0
+
+
+def give_shapes(folder: Path, colour: str, limit: int) -> Path:
+    """Pictures from elsewhere, of one colour, under the names of the benchmark."""
+    folder.mkdir()
+    for drawing in load_benchmark("shapes", limit=limit).drawings:
+        Image.new("RGB", (64, 64), colour).save(folder / drawing.path)
+    return folder
+
+
+def test_what_was_seen_in_one_picture_is_not_said_of_another_of_its_name(tmp_path):
+    """Scoring stopped before there was a result, and goes on with other pictures under the same names."""
+    first = give_shapes(tmp_path / "first", "white", 6)
+    other = tmp_path / "other"
+    other.mkdir()
+    truth = render_truth(benchmark_plan())
+    for drawing in load_benchmark("shapes", limit=6).drawings:
+        Image.fromarray(truth[drawing.number]).save(other / drawing.path)
+    _, file = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=first))
+    file.unlink()
+    result, _ = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=other))
+    assert result["scores"]["overall"]["value"] == 1.0
+    file.unlink()
+    again, _ = evaluate(config("shapes", tmp_path / "run", limit=6, pictures=first))
+    assert again["scores"]["overall"]["value"] == 0.0
+    assert len(file.with_name("details-0.jsonl").read_text().splitlines()) == 12  # each was looked at once
+
+
+def test_an_answer_is_of_one_wording_of_questions_and_prompts(tmp_path):
+    write_wise(tmp_path / "data", "wise-verified")
+    (tmp_path / "given").mkdir()
+    for drawing in load_benchmark("wise-verified", data=tmp_path / "data", limit=2).drawings:
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "given" / drawing.path)
+
+    def run(**more):
+        options = {"data": tmp_path / "data", "limit": 2, "pictures": tmp_path / "given", **judge_of(server), **more}
+        return evaluate(config("wise-verified", tmp_path / "run", **options))
+
+    with LocalJudge(lambda request: "Score: 1") as server:
+        _, file = run()
+        file.unlink()
+        prompts = tmp_path / "data" / REPOSITORIES["wise-verified"].prompts[0]
+        rows = json.loads(prompts.read_text())
+        prompts.write_text(json.dumps([{**row, "Explanation": "something else"} for row in rows]))
+        with pytest.raises(OSError, match="begun with other settings in .*: files was"):
+            run()
+        prompts.write_text(json.dumps(rows))
+        # What was kept as 0 by an older reading of it counts as it is read now, and nothing is asked for it again.
+        lines = file.with_name("details-0.jsonl")
+        old = [json.loads(line) | {"text": "Score (0 or 1): 1", "read": {"score": 0}} for line in lines.open()]
+        lines.write_text("".join(json.dumps(line) + "\n" for line in old))
+        result, _ = run(limit=2)
+    assert result["scores"]["categories"]["culture"]["value"] == 1.0 and len(server.requests) == 2
 
 
 def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
@@ -199,6 +272,9 @@ def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
         with pytest.raises(ValueError, match="Not asked"):
             evaluate(config("wise", tmp_path / "run", prices=(2.5, 10.0), **options), lambda cost: False)
     assert server.requests == [] and not (tmp_path / "run").exists()
+    with pytest.raises(OSError, match="nobody/judge"):  # one that would run here, and is nowhere
+        evaluate(config("wise", tmp_path / "run", data=tmp_path / "data", limit=8, judge="nobody/judge"))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="has no default: name one with --judge"):
         config("wise", tmp_path / "run")
 
@@ -259,6 +335,12 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
     content = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
     assert content[0]["text"] in ("Add edit 1!", "Style edit 369!", "Add edit 369!")
+    source = {"animal/1.jpg": sha256(data / "pictures/animal/1.jpg")}
+    assert result["files"]["pictures"] == {
+        "repository": None,
+        "commit": None,
+        "sha256": source,
+    }  # from a folder of one's own
     items["1"]["id"] = "../outside.jpg"
     (data / origin.prompts[0]).write_text(json.dumps(items))
     with LocalJudge(lambda request: "") as server, pytest.raises(ValueError, match="leads out of its folder"):
@@ -275,6 +357,73 @@ def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):
     file.write_text(json.dumps(settings))
     with pytest.raises(OSError, match="were drawn with rewriting"):
         evaluate(config("geneval", tmp_path, step="score", **options))
+
+
+def test_pictures_of_ours_are_not_scored_as_others_wherever_they_lie(drawn, tmp_path):
+    """A folder of ours, moved away from its generation.json, still says in each picture what was drawn."""
+    pictures = tmp_path / "moved"
+    shutil.copytree(drawn / "pictures", pictures)
+    result, file = evaluate(config("shapes", tmp_path / "own", limit=2, pictures=pictures))
+    assert result["generation"] is None and result["counts"]["without_note"] == 0
+    assert "the benchmark's own prompts" in write_report([file], tmp_path / "report")
+
+    rewritten = tmp_path / "rewritten.jsonl"
+    items = load_benchmark("shapes").metadata
+    rows = [{"item": item, "prompt": f"a picture of {row['prompt']}"} for item, row in items.items()]
+    rewritten.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(OSError, match=r"was drawn for the prompt '.*', and 'a picture of .*' is asked for"):
+        evaluate(config("shapes", tmp_path / "run", limit=2, pictures=pictures, rewritten=rewritten))
+    first, second = sorted(pictures.iterdir())
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(OSError, match="was drawn for the item '00600', and '00000' is asked for"):
+        evaluate(config("shapes", tmp_path / "run", limit=2, pictures=pictures))
+
+    elsewhere = give_shapes(tmp_path / "elsewhere", "white", 2)
+    result, file = evaluate(config("shapes", tmp_path / "theirs", limit=2, pictures=elsewhere))
+    assert result["counts"]["without_note"] == 2
+    assert "2 of 2 files, prompts unknown, looked at by" in write_report([file], tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint": "somebody/else"}, "checkpoint was .* and is now somebody/else"),
+        ({"revision": "main"}, "revision was None and is now main"),
+        ({"seed": 7}, "seed was 0 and is now 7"),
+        ({"dtype": "bfloat16"}, "dtype was float32 and is now bfloat16"),
+        ({"arguments": {"num_inference_steps": 50}}, "num_inference_steps was 1 and is now 50"),
+        ({"arguments": {"height": 32}}, "height was None and is now 32"),
+    ],
+)
+def test_a_model_or_sampling_that_did_not_draw_the_pictures_is_refused(drawn, given, message):
+    with pytest.raises(OSError, match=f"were drawn with other settings: {message}"):
+        evaluate(config("shapes", drawn, limit=2, step="score", **given))
+
+
+def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
+    options = {"limit": 2, "checkpoint": str(shipped_model()), "seed": 0, "dtype": "float32", "batch_size": 8}
+    named, _ = evaluate(config("shapes", drawn, step="score", **options))
+    assert named == evaluate(config("shapes", drawn, step="score", limit=2, arguments={}))[0]
+    # The same weights under the end of another's path are the same model; other weights there are not.
+    other = tmp_path / shipped_model().resolve().parent.name / shipped_model().resolve().name
+    shutil.copytree(shipped_model(), other)
+    evaluate(config("shapes", drawn, step="score", **options | {"checkpoint": str(other)}))
+    next((other / "vae").glob("*.safetensors")).write_bytes(b"other")
+    with pytest.raises(OSError, match="weights was"):
+        evaluate(config("shapes", drawn, step="score", **options | {"checkpoint": str(other)}))
+    (drawn / "generation.json").rename(tmp_path / "generation.json")
+    try:
+        with pytest.raises(OSError, match="tells how its pictures were drawn: leave out seed"):
+            evaluate(config("shapes", drawn, step="score", limit=2, arguments={}, seed=0))
+    finally:
+        (tmp_path / "generation.json").rename(drawn / "generation.json")
+
+
+def test_given_pictures_are_not_told_how_they_were_drawn(tmp_path):
+    with pytest.raises(ValueError, match="leave out checkpoint, seed, num_inference_steps, or the pictures"):
+        config("shapes", tmp_path, pictures=tmp_path, checkpoint="a/b", seed=0, arguments={"num_inference_steps": 2})
+    with pytest.raises(ValueError, match="leave out --step generate, or the pictures"):
+        config("shapes", tmp_path, pictures=tmp_path, step="generate")
 
 
 @pytest.mark.slow

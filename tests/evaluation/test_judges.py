@@ -182,3 +182,25 @@ def test_a_model_of_transformers_judges_here(vlm):
         assert answer.usage["read"] > 2 * 16  # both pictures were read
     assert answers == list(judge.ask(Question(color, ask, [picture, picture]) for color, picture in pictures.items()))
     assert judge.about["class"] == "LlavaForConditionalGeneration" and judge.about["decoding"] == "greedy"
+
+
+def test_a_model_from_the_hub_comes_with_its_chat_template(vlm, hub, client, tmp_path):
+    files = {file.name: file.read_bytes() for file in vlm.iterdir()}
+    assert "chat_template.jinja" in files  # as transformers saves it
+    commit = hub.commit_files("user/judge", files | {"tokenizer.model": b"of another kind", "old.bin": b"a pickle"})
+    code = """
+from pathlib import Path
+from PIL import Image
+from iomm_hf.evaluation.geneval_models import resolve_model
+from iomm_hf.evaluation.judges import Question, TransformersJudge
+from iomm_hf.evaluation.wording import Message
+ask = [Message("user", "Is it red?", True)]
+[answer] = TransformersJudge("user/judge", max_tokens=2).ask([Question("a", ask, [Image.new("RGB", (32, 32), "red")])])
+folder, commit = resolve_model("user/judge", None)
+told = {"read": answer.usage["read"], "commit": commit, "files": sorted(file.name for file in folder.iterdir())}
+Path(sys.argv[1]).write_text(json.dumps(told))
+"""
+    client(hub.environment(tmp_path / "home"), code, str(tmp_path / "told.json"))
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["commit"] == commit and told["read"] > 16
+    assert told["files"] == sorted({*files, "tokenizer.model"} - {".gitattributes"})

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,7 +10,8 @@ from PIL import Image
 from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
 from iomm_hf.evaluation.paper import PAPER
-from iomm_hf.evaluation.report import write_report
+from iomm_hf.evaluation.report import columns_of, pictures_of, write_report
+from iomm_hf.integrity import sha256
 
 
 def result(benchmark: str, scores: dict, **scorer) -> dict:
@@ -46,6 +48,7 @@ def geneval(tmp_path):
     (run / "pictures/00000/samples").mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(run / "pictures/00000/samples/0000.png")
     line = {"key": "00000/samples/0000.png", "task": "counting", "prompt": "two dogs", "correct": False}
+    line["picture"] = sha256(run / "pictures/00000/samples/0000.png")
     seen = {"reason": "expected dog>=2, found 1", "detections": [{"box": [1, 1, 9, 9]}]}
     return save(run / "scores/d", result("geneval", scores), [line | seen])
 
@@ -78,6 +81,35 @@ def test_results_that_do_not_compare_are_said_so(geneval, tmp_path, monkeypatch)
     assert "do not compare" in report and "guidance 3 (1)" in report and "guidance 3 (2)" in report
     with pytest.raises(ValueError, match="2 results need as many names, got 1"):
         write_report([geneval, other], tmp_path / "c", ["one"])
+    with pytest.raises(ValueError, match="Each result needs a name of its own; one stands for several"):
+        write_report([geneval, other], tmp_path / "c", ["one", "one"])
+
+
+def test_a_run_that_moved_is_shown_with_its_pictures_from_inside_its_folder_too(geneval, tmp_path, monkeypatch):
+    geneval.with_name("local.json").write_text(json.dumps({"pictures": str(tmp_path / "run/pictures")}))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(moved / "scores/d")
+    assert pictures_of(Path("result.json")) == moved / "pictures"
+    write_report(["result.json"], tmp_path / "report")
+    assert (tmp_path / "report/geneval-failures-0.png").is_file()
+    # Another picture under the same name is not shown as what was seen.
+    Image.new("RGB", (32, 32), "blue").save(moved / "pictures/00000/samples/0000.png")
+    write_report(["result.json"], tmp_path / "other")
+    assert not (tmp_path / "other/geneval-failures-0.png").exists()
+    # Pictures that came from elsewhere are there, and not among those that the run drew besides.
+    (tmp_path / "given").mkdir()
+    Path("local.json").write_text(json.dumps({"pictures": str(tmp_path / "given")}))
+    assert pictures_of(Path("result.json")) == tmp_path / "given"
+
+
+def test_plots_and_table_mark_a_part_of_a_benchmark(geneval, tmp_path):
+    content = json.loads(geneval.read_text())
+    content["benchmark"]["subset"] = 2
+    geneval.write_text(json.dumps(content))
+    columns = columns_of("geneval", {"mine": content})
+    assert next(iter(columns)) == "mine (only 2 items)" and "mine" not in columns
+    report = write_report([geneval], tmp_path / "report", ["mine"])
+    assert cells(report, "geneval") == list(columns) and (tmp_path / "report/geneval-radar.png").is_file()
 
 
 def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch):
@@ -87,9 +119,11 @@ def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch
     )
     content["benchmark"] |= {"subset": 2, "rewriting": {"file": "better.jsonl"}}
     content["counts"] |= {"unreadable": 2, "refused": 1}
+    content["generation"]["software"], content["scorer"]["software"] = [{"commit": "a"}, {"commit": "b"}], [{}]
     report = write_report([save(tmp_path / "a", content)], tmp_path / "report")
     assert "(only 2 items)" in report and "rewritten prompts, looked at by j" in report
     assert "3 questions without an answer counted as the lowest score" in report
+    assert "; drawn by 2 different sets of packages, commit and device." in report
     assert "(paper) |" not in report.splitlines()[2]  # the paper has no row of the verified version
     assert cells(report, "culture") == ["0.250"]
 

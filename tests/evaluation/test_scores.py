@@ -110,6 +110,12 @@ def test_the_two_wises_score_and_weigh_apart():
         ("wise", "Consistency: 2\nRealism: 1", None),
         ("wise", "Consistency: 1.5\nRealism: 1\nAesthetic Quality: 0", None),
         ("wise", "Consistency: 2, no, Consistency: 1\nRealism: 1\nAesthetic Quality: 0", None),  # two answers are none
+        (
+            "wise",
+            "Consistency (0-2): 2\n**Realism [0-2]**: 2\nAesthetic Quality: (0 to 2) 1",  # the scale is no score
+            {"consistency": 2, "realism": 2, "aesthetic quality": 1},
+        ),
+        ("wise-verified", "Score (0 or 1): 1", {"score": 1}),
         ("wise", "Score: 1", None),  # the other version's
         ("wise-verified", "The plant is right.\nScore: 1", {"score": 1}),
         ("wise-verified", "score: 2", None),

@@ -39,6 +39,7 @@ def result(name: str, scores: dict) -> dict:
             "model": {"name": "runs/final", "weights_sha256": weights, "ema": True},
             "arguments": {"num_inference_steps": 30, "guidance_scale": 3.0},
             "seed": 0,
+            "software": [{"commit": "a"}, {"commit": "b"}],
         },
         "picture_sizes": {"512x512": 2212},
         "software": {"versions": {"iomm-hf": "0.1.0"}},
@@ -74,7 +75,7 @@ def test_results_are_the_cards_metadata_and_tables(folder, pipeline, tmp_path):
         "512x512 px",
         "org/mask2former",
         "c0ffee",
-        "averaged weights",
+        "averaged weights, drawn by 2 different sets of packages, commit and device.",
     ):
         assert told in loaded.text
     assert "| runs/final | 0.833 |" in loaded.text and "| runs/final | 81.250 |" in loaded.text

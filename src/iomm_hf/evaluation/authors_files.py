@@ -4,14 +4,16 @@ What could be read of them is said beside each commit; what could not is marked 
 takes their place, offline or when an address has moved; files lie in it under their paths in the authors' repository.
 """
 
-import hashlib
 import tarfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path, hf_hub_download
+
+from ..integrity import sha256
 
 
 # dpg_bench/compute_dpg_bench.py was read at this commit and names dpg_bench/dpg_bench.csv; the file itself: unverified.
@@ -25,6 +27,7 @@ WISE_VERIFIED_COMMIT = "d6bfe425fdd6ce98031e35b02bf967db487033a9"
 IMGEDIT_COMMIT = "c14480ac5e7b622e08cd8c46f96624a48eb9ab46"
 # Benchmark.tar with Benchmark/singleturn/<id> is what users of this data set name; the archive itself: unverified.
 IMGEDIT_PICTURES = ("sysuyy/ImgEdit", "Benchmark.tar", "Benchmark/singleturn")
+PICTURES_COMMIT = "pictures-commit"  # file that names the data set's commit, beside the pictures' folder
 
 WISE_FILES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 
@@ -77,6 +80,7 @@ class BenchmarkData:
         self.given = folder is not None
         self.folder = folder or cached_assets_path("iomm-hf", benchmark, self.origin.commit)
         self.hashes: dict[str, str] = {}
+        self.picture_hashes: dict[str, str] = {}
 
     @property
     def prompt_files(self) -> tuple[str, ...]:
@@ -104,7 +108,7 @@ class BenchmarkData:
                     f"{url} could not be fetched: {error}. Fetch it by hand and give its folder with --data, laid out as the"
                     " authors' repository."
                 ) from error
-        self.hashes[file] = hashlib.sha256(target.read_bytes()).hexdigest()
+        self.hashes[file] = sha256(target)
         return target
 
     @property
@@ -114,7 +118,8 @@ class BenchmarkData:
 
     def picture(self, name: str) -> Path:
         """
-        A source picture of ImgEdit-Bench. The archive is fetched once, and only the picture asked for is taken out of it.
+        A source picture of ImgEdit-Bench. The archive is fetched once, all pictures are taken out of it, and the data set's commit is
+        written down beside them.
 
         Raises:
             OSError: If it is neither in the folder nor in the archive.
@@ -124,31 +129,48 @@ class BenchmarkData:
         if relative.is_absolute() or ".." in relative.parts or "\\" in name or not relative.parts:
             raise ValueError(f"A source picture is named {name!r}, which leads out of its folder.")
         target = self.folder / "pictures" / relative
-        if target.is_file():
-            return target
-        if self.given:
-            raise OSError(f"{self.folder} holds no pictures/{name}.")
+        if not target.is_file():
+            if self.given:
+                raise OSError(f"{self.folder} holds no pictures/{name}.")
+            self.unpack_pictures()
+            if not target.is_file():
+                repository, archive, inner = IMGEDIT_PICTURES
+                raise OSError(f"{archive} of {repository} holds no {inner}/{name}.")
+        self.picture_hashes[name] = sha256(target)
+        return target
+
+    def unpack_pictures(self):
+        """All source pictures out of their archive, each whole or not at all, also where several ranks unpack at once."""
         repository, archive, inner = IMGEDIT_PICTURES
         downloaded = Path(hf_hub_download(repository, archive, repo_type="dataset"))
+        self.write(
+            self.folder / PICTURES_COMMIT, downloaded.parent.name.encode()
+        )  # the Hub's cache names snapshots by their commit
         with tarfile.open(downloaded) as tar:
-            wanted = {f"{inner}/{name}"}
             for member in tar:
-                # All pictures in one pass: the archive has no index.
                 path = PurePosixPath(member.name)
                 if not member.isfile() or ".." in path.parts or not path.is_relative_to(inner):
                     continue
                 content = tar.extractfile(member)
                 assert content is not None
-                unpacked = self.folder / "pictures" / path.relative_to(inner)
-                unpacked.parent.mkdir(parents=True, exist_ok=True)
-                partial = unpacked.with_name(f".writing-{unpacked.name}")
-                partial.write_bytes(content.read())
-                partial.replace(unpacked)
-                wanted.discard(member.name)
-        if wanted:
-            raise OSError(f"{archive} of {repository} holds no {inner}/{name}.")
-        return target
+                self.write(self.folder / "pictures" / path.relative_to(inner), content.read())
+
+    def write(self, path: Path, content: bytes):
+        """A file whole or not at all, whoever else writes the same one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".writing-{uuid.uuid4().hex}")
+        partial.write_bytes(content)
+        partial.replace(path)
 
     def describe(self) -> dict[str, Any]:
-        """Repository, commit and the hashes of the files that were used."""
-        return {"repository": self.origin.repository, "commit": self.origin.commit, "sha256": dict(self.hashes)}
+        """Repository, commit and the hashes of the files that were used; the same of source pictures, `None` where none were."""
+        told = {"repository": self.origin.repository, "commit": self.origin.commit, "sha256": dict(self.hashes)}
+        if not self.picture_hashes:
+            return told | {"pictures": None}
+        commit = self.folder / PICTURES_COMMIT
+        pictures = {
+            "repository": None if self.given else IMGEDIT_PICTURES[0],
+            "commit": commit.read_text() if commit.is_file() else None,
+            "sha256": dict(sorted(self.picture_hashes.items())),
+        }
+        return told | {"pictures": pictures}

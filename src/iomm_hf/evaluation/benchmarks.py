@@ -176,10 +176,9 @@ def with_rewritten_prompts(benchmark: Benchmark, file: Path) -> Benchmark:
         ValueError: If a line is of another form, or items are missing, doubled or unknown.
     """
     texts: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
+    for number, row in enumerate(read_lines(file), 1):
         if not isinstance(row, dict) or set(row) != {"item", "prompt"} or not str(row["prompt"]).strip():
-            raise ValueError(f"{file}, line {number}: expected item and prompt, got {line[:200]!r}.")
+            raise ValueError(f"{file}, line {number}: expected item and prompt, got {str(row)[:200]}.")
         if row["item"] in texts:
             raise ValueError(f"{file}, line {number}: item {row['item']!r} is there twice.")
         texts[row["item"]] = row["prompt"]
@@ -232,7 +231,8 @@ def hash_prompts(prompts: Mapping[str, str]) -> str:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """JSON lines. Only a line feed ends one: a text may hold U+2028 and others that `str.splitlines` also parts at."""
+    return [json.loads(line) for line in file.read_bytes().rstrip().split(b"\n")]
 
 
 def expect_items(benchmark: str, found: Sequence[str], expected: int):

@@ -1,8 +1,10 @@
 """The first of two steps: a benchmark's pictures, drawn into a folder in its official layout.
 
-Ranks share out the files by their global number and never talk: each draws what is not there. A file appears whole or not at
-all, and one that is there is never drawn again, so the same command goes on after an interruption, with any number of ranks.
-`generation.json` beside the pictures says how they are drawn; a folder that was begun otherwise is refused.
+Files are drawn in groups that the batch size alone cuts, for sums of another batch are rounded otherwise. Ranks share out the groups
+and never talk: each draws those that lack a file, and writes what is not there. A file appears whole or not at all, and one that
+is there is never written again, so the same command goes on after an interruption, with any number of ranks, to the same pictures.
+`generation.json` beside the pictures says how they are drawn; a folder that was begun otherwise is refused. `software/` says what
+drew them: versions, commit and device of every session.
 """
 
 import io
@@ -17,10 +19,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..data.images import load_image
-from ..software import software
 from .benchmarks import METADATA_FILE, Benchmark, Drawing
-from .pipelines import call_arguments, draw_pictures
-from .results import PACKAGES, write_settings, write_whole
+from .pipelines import call_arguments, call_defaults, draw_pictures
+from .results import record_software, write_settings, write_whole
 
 
 PICTURES = "pictures"  # the folder that official scorers read
@@ -42,7 +43,7 @@ def generate(
     num_ranks: int = 1,
 ) -> int:
     """
-    Draws this rank's share of a benchmark's files that are not there yet.
+    Draws this rank's share of a benchmark's files that are not there yet, and whatever shares their batch.
 
     Args:
         pipeline (`DiffusionPipeline`): Any that draws from text, or, for ImgEdit-Bench, changes a picture as told.
@@ -55,7 +56,7 @@ def generate(
         rank, num_ranks (`int`, *optional*, defaults to 0 and 1): Which share; ranks may run apart, on one folder.
 
     Returns:
-        `int`: How many files were drawn.
+        `int`: How many files were written.
 
     Raises:
         OSError: If the folder was begun with other settings, or a file cannot be written.
@@ -83,15 +84,21 @@ def generate(
         "benchmark": benchmark.describe(),
         "model": dict(about),
         "arguments": arguments,
+        "defaults": call_defaults(pipeline, arguments),
         "seed": seed,
         "batch_size": batch_size,  # sums of another batch are rounded otherwise
-        "software": software(PACKAGES),
     }
-    write_settings(output / SETTINGS, settings, "The pictures were", free=("software",))
+    write_settings(output / SETTINGS, settings, "The pictures were")
     folder = output / PICTURES
-    missing = [drawing for drawing in benchmark.drawings[rank::num_ranks] if not (folder / drawing.path).exists()]
+    groups = in_batches(benchmark.drawings, batch_size)[rank::num_ranks]
+    missing = {drawing.path for group in groups for drawing in group if not (folder / drawing.path).exists()}
+    if missing:
+        record_software(output, str(pipeline.device))
     progress = tqdm(total=len(missing), desc="Drawing", unit="file", disable=None if rank == 0 else True)
-    for batch in in_batches(missing, batch_size):
+    for batch in groups:
+        lacking = sum(drawing.path in missing for drawing in batch)
+        if not lacking:
+            continue
         prompts = [drawing.prompt for drawing in batch for _ in drawing.seeds]
         seeds = [number for drawing in batch for number in drawing.seeds]
         sources = [source_picture(benchmark, drawing) for drawing in batch] if edits else None
@@ -108,13 +115,15 @@ def generate(
             count = len(drawing.seeds)
             own, pictures = pictures[:count], pictures[count:]
             filtered, flags = flags[:count], flags[count:]
+            if drawing.path not in missing:
+                continue
             if benchmark.name == "geneval":
                 line = folder / drawing.item / METADATA_FILE
                 if not line.exists():
                     write_whole(line, json.dumps(benchmark.metadata[drawing.item]).encode(), output / SCRATCH)
             content = as_png(grid(own), benchmark, drawing, filtered)
             write_whole(folder / drawing.path, content, output / SCRATCH)
-        progress.update(len(batch))
+        progress.update(lacking)
     progress.close()
     return len(missing)
 

@@ -40,7 +40,7 @@ from .geneval_rules import CLASSES, COLORS, Detection, counted_objects, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]  # no pickles
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # chat templates, tokenizers; no pickles
 MAX_DETECTIONS = 100  # pairs of query and class a picture, mmdet's `max_per_image`
 BACKGROUND = "#999"  # put around an object before its colour is named
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

@@ -2,8 +2,9 @@
 
 ```
 OUTPUT/generation.json         how the pictures are drawn
+OUTPUT/software/               versions, commit and device of every session that drew some
 OUTPUT/pictures/...            the official layout: the authors' scorers read it
-OUTPUT/scores/SCORER/          scorer.json, details-*.jsonl (what was seen), result.json, report
+OUTPUT/scores/SCORER/          scorer.json, software/, details-*.jsonl (what was seen), result.json, report
 ```
 
 Under `accelerate launch` ranks share out drawing, detection and judging by a model that runs here; the first one asks served judges and
@@ -24,22 +25,27 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..integrity import sha256
 from ..shipped import shipped_model
 from . import geneval
 from .benchmarks import Benchmark, load_benchmark
 from .generation import PICTURES, SETTINGS, generate, read_note
-from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name
+from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name, resolve_model
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
-from .pipelines import load_pipeline
+from .pipelines import hash_parts, load_pipeline
 from .results import (
+    LOCAL,
     RESULT,
     Details,
     as_json,
     build_result,
     find_pictures,
     folder_name,
+    hash_pictures,
     read_result,
+    read_software,
+    record_software,
     write_settings,
     write_whole,
 )
@@ -48,7 +54,6 @@ from .shapes import report_verdicts, score_image
 
 SCORES = "scores"
 SCORER = "scorer.json"
-LOCAL = "local.json"  # where the pictures are on this machine; stays on it
 JUDGED = ("dpg", "wise", "wise-verified", "imgedit")
 
 
@@ -65,10 +70,11 @@ class EvaluationConfig:
         pictures (`Path`, *optional*): A folder in the official layout to score, in place of drawing.
         step (`str`, *optional*, defaults to `"both"`): "generate", "score" or "both".
         arguments (`dict`, *optional*): For the pipeline; what is not named keeps the pipeline's own default.
-        seed (`int`, *optional*, defaults to 0): Every picture's seed is made of it and of the picture's number.
-        batch_size (`int`, *optional*, defaults to 8): Pictures drawn at a time.
+        seed (`int`, *optional*): Every picture's seed is made of it and of the picture's number. Defaults to 0. This and whatever else
+            says how to draw must fit pictures that are there already, if it is given.
+        batch_size (`int`, *optional*): Pictures drawn at a time. Defaults to 8.
         device (`str`, *optional*): Of pipeline, detectors and a judge that runs here.
-        dtype (`str`, *optional*, defaults to `"float32"`): Of the pipeline.
+        dtype (`str`, *optional*): Of the pipeline. Defaults to float32.
         ema (`bool`, *optional*): Whether the weights are averaged ones, where the checkpoint's folder does not say.
         limit (`int`, *optional*): Only so many items. The result is marked.
         rewritten (`Path`, *optional*): Rewritten prompts. The result says so.
@@ -92,10 +98,10 @@ class EvaluationConfig:
     pictures: Path | None = None
     step: str = "both"
     arguments: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    batch_size: int = 8
+    seed: int | None = None
+    batch_size: int | None = None
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     ema: bool | None = None
     limit: int | None = None
     rewritten: Path | None = None
@@ -116,8 +122,9 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.step not in ("generate", "score", "both"):
             raise ValueError(f"step must be generate, score or both, got {self.step!r}.")
-        if self.pictures is not None and (self.checkpoint is not None or self.step == "generate"):
-            raise ValueError("Pictures are given to be scored as they are: leave out the checkpoint, or the pictures.")
+        if self.pictures is not None and (self.how_to_draw or self.step == "generate"):
+            told = ", ".join(self.how_to_draw) or "--step generate"
+            raise ValueError(f"Pictures are given to be scored as they are: leave out {told}, or the pictures.")
         if self.benchmark in JUDGED and self.step != "generate" and self.judge is None:
             raise ValueError(
                 f"{self.benchmark} is scored by a judge, which has no default: name one with --judge MODEL, and with --judge-url"
@@ -130,6 +137,14 @@ class EvaluationConfig:
             raise ValueError(f"{kind.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
         if self.unreadable not in ("error", "lowest"):
             raise ValueError(f"unreadable must be error or lowest, got {self.unreadable!r}.")
+
+    @property
+    def how_to_draw(self) -> dict[str, Any]:
+        """What was given of the model and its sampling, without what is left to their defaults."""
+        given = {
+            name: getattr(self, name) for name in ("checkpoint", "revision", "dtype", "ema", "seed", "batch_size")
+        }
+        return {name: value for name, value in (given | self.arguments).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -192,7 +207,7 @@ def evaluate(
     """
     with ranks() as group:
         benchmark = load_benchmark(
-            config.benchmark, seed=config.seed, limit=config.limit, rewritten=config.rewritten, data=config.data
+            config.benchmark, seed=config.seed or 0, limit=config.limit, rewritten=config.rewritten, data=config.data
         )
         folder = config.pictures if config.pictures is not None else config.output / PICTURES
         judge_task = None
@@ -211,7 +226,7 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
     pipeline, about = load_pipeline(
         config.checkpoint or shipped_model(),
         revision=config.revision,
-        dtype=config.dtype,
+        dtype=config.dtype or "float32",
         device=config.device if config.device is not None else rank_device(group),
     )
     if config.ema is not None:
@@ -224,8 +239,8 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
         config.output,
         about=about,
         asked=config.arguments,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        seed=config.seed or 0,
+        batch_size=8 if config.batch_size is None else config.batch_size,
         rank=group.rank,
         num_ranks=group.count,
     )
@@ -253,14 +268,21 @@ def prepare_judge(
     folder: Path,
     confirm: Callable[[str], bool] = lambda text: True,
 ) -> tuple[Judged, Judge | None]:
-    """Everything about judging that can fail, before hours of drawing: files, key, cost. A judge that runs here is loaded later."""
+    """Everything about judging that can fail, before hours of drawing: files, key, cost, and where a
+    judge that runs here is to be found; it is loaded later."""
     pictures = {drawing.path: folder / drawing.path for drawing in benchmark.drawings}
     task = judged(benchmark, pictures, config.wording)
-    if config.judge_url is None:
-        return task, None
     assert config.judge is not None
+    if config.judge_url is None:
+        resolve_model(config.judge, config.judge_revision)
+        return task, None
     judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
-    waiting = len(task.unanswered(Details(scorer_folder(config)).read()))
+    if (scorer_folder(config) / SCORER).is_file():
+        begin_scoring(scorer_folder(config), judge.about | {"wording": task.wording}, benchmark)
+    hashes = {path: sha256(file) for path, file in pictures.items() if file.is_file()}
+    if len(hashes) == len(pictures) and kept_result(config, benchmark, hashes) is not None:
+        return task, judge  # nothing will be asked
+    waiting = len(task.unanswered(Details(scorer_folder(config), pictures=hashes).read()))
     answered = len(task.keys) - waiting
     if config.max_requests is not None and waiting > config.max_requests:
         raise ValueError(
@@ -293,12 +315,16 @@ def score(
     """The second step: what is seen in every picture, and what it adds up to."""
     pictures = find_pictures(benchmark, folder)
     generation = read_generation(folder, benchmark)
+    notes = read_notes(benchmark, pictures)
+    if config.step == "score":
+        check_how_drawn(config, generation, folder)
     target = scorer_folder(config)
-    details = Details(target, group.rank)
+    hashes = {path: sha256(file) for path, file in pictures.items()}
+    details = Details(target, group.rank, hashes)
     counts: dict[str, int] = {}
     about: dict[str, Any]
+    device = config.device if config.device is not None else rank_device(group)
     if config.benchmark == "geneval":
-        device = config.device if config.device is not None else rank_device(group)
         models = GenEvalModels(
             config.detector,
             config.clip,
@@ -307,12 +333,16 @@ def score(
             device=device,
         )
         about = models.about
-        begin_scoring(target, about)
-        look(benchmark, pictures, details, group, models.score)
+        begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
+        look(benchmark, pictures, details, group, device, models.score)
     elif config.benchmark == "shapes":
         about = {"kind": "rules", "rules": "iomm_hf.evaluation.shapes.score_image"}
-        begin_scoring(target, about)
-        look(benchmark, pictures, details, group, look_at_shapes)
+        begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
+        look(benchmark, pictures, details, group, "cpu", look_at_shapes)
     if config.benchmark not in JUDGED:
         group.wait()
         if not group.first:
@@ -331,11 +361,13 @@ def score(
         judge = served or TransformersJudge(
             config.judge,
             revision=config.judge_revision,
-            device=config.device if config.device is not None else rank_device(group),
+            device=device,
             **config.judge_options,
         )
         about = judge.about | {"wording": task.wording}
-        begin_scoring(target, about)
+        begin_scoring(target, about, benchmark)
+        if (kept := kept_result(config, benchmark, hashes)) is not None:
+            return kept if group.first else None
         if served is None:  # runs here, on every rank
             ask_all(task, judge, details, rank=group.rank, num_ranks=group.count)
         elif group.first:
@@ -353,20 +385,31 @@ def score(
                 for kind in ("read", "written")
             },
         }
-    notes = [read_note(file) for file in pictures.values()]
     counts = {
         "expected": len(benchmark.drawings),
         "found": len(pictures),
         "pictures": sum(len(drawing.seeds) for drawing in benchmark.drawings),
         "filtered": sum(note["filtered"] for note in notes if note is not None),
+        "without_note": notes.count(None),
         **counts,
     }
-    result = build_result(benchmark, scores, scorer=about, counts=counts, pictures=pictures, generation=generation)
-    return keep_result(target, result, folder)
+    about = about | {"software": read_software(target)}
+    result = build_result(
+        benchmark, scores, scorer=about, counts=counts, pictures=pictures, hashes=hashes, generation=generation
+    )
+    result = json.loads(as_json(result))
+    write_whole(target / RESULT, as_json(result), target / ".writing")
+    if config.pictures is not None:
+        write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    return result, target / RESULT
 
 
-def begin_scoring(target: Path, about: Mapping[str, Any]):
-    write_settings(target / SCORER, about, "Scoring was")
+def begin_scoring(target: Path, about: Mapping[str, Any], benchmark: Benchmark):
+    """Writes what every line of details depends on besides its picture, or checks that it is what they were begun with."""
+    described = benchmark.describe()
+    files = benchmark.data.describe()["sha256"] if benchmark.data is not None else None
+    asked = {name: described[name] for name in ("name", "version", "prompts_sha256", "rewriting")}
+    write_settings(target / SCORER, {**about, "benchmark": asked, "files": files}, "Scoring was")
 
 
 def look(
@@ -374,11 +417,14 @@ def look(
     pictures: Mapping[str, Path],
     details: Details,
     group: Ranks,
+    device: str,
     see: Callable[[Any, Mapping[str, Any]], dict[str, Any]],
 ):
     """This rank's share of the pictures that have no line yet."""
     done = details.read()
     waiting = [drawing for drawing in benchmark.drawings[group.rank :: group.count] if drawing.path not in done]
+    if waiting:
+        record_software(details.folder, device)
     for drawing in tqdm(waiting, desc="Looking", unit="picture", disable=None if group.first else True):
         metadata = benchmark.metadata[drawing.item]
         line = {"key": drawing.path, "item": drawing.item, "task": metadata["tag"], "prompt": drawing.prompt}
@@ -393,7 +439,7 @@ def look_at_shapes(picture: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None:
     """
-    How the pictures in a folder were drawn; `None` for those that came from elsewhere.
+    How the pictures in a folder were drawn, and by which software; `None` for those that came from elsewhere.
 
     Raises:
         OSError: If they were drawn for another benchmark, version, subset or wording of prompts.
@@ -408,23 +454,83 @@ def read_generation(folder: Path, benchmark: Benchmark) -> dict[str, Any] | None
     if differing:
         name = differing[0]
         raise OSError(f"The pictures in {folder} were drawn with {name} {drawn.get(name)!r}, not {asked[name]!r}.")
-    return generation
+    return generation | {"software": read_software(folder.parent)}
 
 
-def keep_result(target: Path, result: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+def read_notes(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[dict[str, Any] | None]:
     """
-    Writes a result, or finds that the same one is there.
+    What each picture says of itself; `None` for those that were not drawn here.
 
     Raises:
-        OSError: If another one is there: results are not replaced.
+        OSError: If one says that it is of another benchmark, item or prompt.
     """
-    file = target / RESULT
-    result = json.loads(as_json(result))
-    if file.is_file():
-        there = read_result(file)
-        if any(there[name] != result[name] for name in ("benchmark", "scores", "counts", "pictures_sha256")):
-            raise OSError(f"{file} holds another result, and results are never replaced. Give another output folder.")
-        return there, file
-    write_whole(file, as_json(result), target / ".writing")
-    write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
-    return result, file
+    notes = []
+    for drawing in benchmark.drawings:
+        note = read_note(pictures[drawing.path])
+        for name, asked in (("benchmark", benchmark.name), ("item", drawing.item), ("prompt", drawing.prompt)):
+            if note is not None and note[name] != asked:
+                raise OSError(
+                    f"{pictures[drawing.path]} was drawn for the {name} {note[name]!r}, and {asked!r} is asked for. Prompts that were"
+                    " rewritten are given with --rewritten."
+                )
+        notes.append(note)
+    return notes
+
+
+def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | None, folder: Path):
+    """
+    Refuses a model or a sampling that was given for pictures which were drawn otherwise.
+
+    Raises:
+        OSError: If they were, or if nothing tells how they were drawn.
+    """
+    given = json.loads(json.dumps(config.how_to_draw, default=str))
+    if not given:
+        return
+    if generation is None:
+        raise OSError(
+            f"No {SETTINGS} beside {folder} tells how its pictures were drawn: leave out {', '.join(given)}."
+        )
+    model = generation["model"]
+    drawn = {"checkpoint": model["name"], "seed": generation["seed"], "batch_size": generation["batch_size"]}
+    drawn |= {name: model[name] for name in ("revision", "dtype", "ema")}
+    drawn |= generation["defaults"] | generation["arguments"]
+    if config.checkpoint is not None:
+        given["checkpoint"] = public_name(str(config.checkpoint))
+        if Path(config.checkpoint).is_dir():  # a name that holds two folders' ends does not tell runs apart
+            drawn["weights"], given["weights"] = model["weights_sha256"], hash_parts(Path(config.checkpoint))
+    differing = [name for name, value in given.items() if drawn.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise OSError(
+            f"The pictures in {folder} were drawn with other settings: {name} was {drawn.get(name)} and is now {given[name]}. Give the"
+            " settings that they were drawn with or none, or draw into another folder."
+        )
+
+
+def kept_result(
+    config: EvaluationConfig, benchmark: Benchmark, hashes: Mapping[str, str]
+) -> tuple[dict[str, Any], Path] | None:
+    """
+    The result that is there already, and its file; `None` where there is none yet.
+
+    Raises:
+        OSError: If it is another one than these pictures have: results are not replaced.
+    """
+    file = scorer_folder(config) / RESULT
+    if not file.is_file():
+        return None
+    there = read_result(file)
+    asked = {
+        "benchmark": json.loads(json.dumps(benchmark.describe())),
+        "pictures_sha256": hash_pictures(hashes),
+        "unreadable": config.unreadable if config.benchmark in JUDGED else None,
+    }
+    found = there | {"unreadable": there["scorer"].get("unreadable")}
+    differing = [name for name, value in asked.items() if found[name] != value]
+    if differing:
+        raise OSError(
+            f"{file} holds another result ({', '.join(differing)} differ), and results are never replaced. Remove it, and what was"
+            " seen and answered beside it serves a new one, or give another output folder."
+        )
+    return there, file

@@ -82,6 +82,7 @@ class Judge(Protocol):
     """What both kinds of judge can do."""
 
     about: dict[str, Any]
+    device: str | None  # `None` where it runs elsewhere
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:
         """Answers as they come, in any order, one for each question."""
@@ -137,6 +138,7 @@ class EndpointJudge:
         if key and parts.scheme == "http" and not local:
             raise ValueError(f"{base_url} would get the key of {key_variable} in clear text; use https, or unset it.")
         self.model, self.max_tokens, self.workers, self.seed = model, max_tokens, workers, seed
+        self.device: str | None = None
         self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries, timeout=timeout)
         self.pace = Pace(requests_per_minute)
         self.about = {
@@ -235,6 +237,7 @@ class TransformersJudge:
             AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
         )
         self.max_tokens = max_tokens
+        self.device: str | None = device
         self.name = public_name(model)
         self.about = {
             "kind": "transformers",

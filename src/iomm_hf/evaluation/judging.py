@@ -17,7 +17,7 @@ from . import dpg, imgedit, wise
 from .benchmarks import Benchmark
 from .geneval_models import load_picture
 from .judges import Judge, Question
-from .results import Details, Incomplete
+from .results import Details, Incomplete, record_software
 from .wording import Message, fill_in, read_wording
 
 
@@ -52,9 +52,15 @@ class Judged:
     characters: int
     pictures_each: int = 1
 
+    def value(self, line: Mapping[str, Any] | None) -> Any:
+        """What a line of details says, read anew from the raw answer; `None` where there is none, or it does not parse."""
+        if line is None or line["status"] not in ("answered", "unreadable"):
+            return None
+        return self.read(without_thoughts(line["text"]))
+
     def unanswered(self, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Keys of the questions that have no readable answer among lines of details."""
-        return [key for key in self.keys if lines.get(key, {}).get("read") is None]
+        return [key for key in self.keys if self.value(lines.get(key)) is None]
 
     def cost(self, answered: int = 0, max_tokens: int = 0, prices: tuple[float, float] | None = None) -> str:
         """
@@ -169,6 +175,8 @@ def _imgedit(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> 
         types = {item: row["edit_type"] for item, row in benchmark.metadata.items()}
         return imgedit.summarize({key.removesuffix(".png"): value for key, value in answers.items()}, types)
 
+    for row in benchmark.metadata.values():
+        data.picture(row["id"])  # found, and hashed, before anything is asked or drawn
     keys = [drawing.path for drawing in benchmark.drawings]
     characters = sum(len(wordings[row["edit_type"]]) + len(row["prompt"]) for row in benchmark.metadata.values())
     lowest = [1] * imgedit.SCORES
@@ -196,13 +204,16 @@ def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_
     waiting = [
         key for key in task.keys[rank::num_ranks] if key in missing
     ]  # shares of all: others may be writing already
+    if waiting:
+        record_software(details.folder, judge.device)
     answers = judge.ask(map(task.question, waiting))
     for answer in tqdm(
         answers, total=len(waiting), desc="Judging", unit="answer", disable=None if rank == 0 else True
     ):
-        value = task.read(without_thoughts(answer.text)) if answer.status == "answered" else None
+        line = answer.to_dict()
+        value = task.value(line)
         unreadable = answer.status == "answered" and value is None
-        details.add(answer.to_dict() | ({"status": "unreadable"} if unreadable else {}) | {"read": value})
+        details.add(line | ({"status": "unreadable"} if unreadable else {}) | {"read": value})
 
 
 def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[dict[str, Any], dict[str, int]]:
@@ -222,8 +233,12 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
         Incomplete: If a question has no readable answer and `unreadable` is "error"; asking again is the same call again.
     """
     lines = details.read()
-    lacking = task.unanswered(lines)
-    statuses = Counter(lines[key]["status"] if key in lines else "failed" for key in task.keys)
+    values = {key: task.value(lines.get(key)) for key in task.keys}
+    lacking = [key for key, value in values.items() if value is None]
+    statuses = Counter(
+        "answered" if values[key] is not None else lines[key]["status"] if key in lines else "failed"
+        for key in task.keys
+    )
     counts = {"questions": len(task.keys)} | {status: statuses[status] for status in STATUSES}
     if lacking and unreadable == "error":
         told = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "answered")
@@ -231,8 +246,7 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
             f"{len(lacking)} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
             f" {details.folder}. The same command asks these again; --unreadable lowest counts them as the lowest score and says so."
         )
-    missing = set(lacking)
-    return task.summarize({key: task.lowest if key in missing else lines[key]["read"] for key in task.keys}), counts
+    return task.summarize({key: task.lowest if value is None else value for key, value in values.items()}), counts
 
 
 def without_thoughts(text: str) -> str:

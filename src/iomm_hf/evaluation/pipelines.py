@@ -1,7 +1,7 @@
 """Any diffusers pipeline under one call: loaded without its repository's code, called by its own signature, named exactly.
 
 A pipeline gets only arguments that its `__call__` has; one that was asked for and does not exist there is an error, never left
-out. What is not asked for keeps the pipeline's own default, which is looked up and recorded.
+out. What is not asked for keeps the pipeline's own default, and every one is looked up and recorded.
 """
 
 import inspect
@@ -24,6 +24,7 @@ from .geneval_models import public_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORDED = ("num_inference_steps", "guidance_scale", "height", "width")  # defaults worth a line in a result
+GIVEN = ("prompt", "generator", "image")  # with every call
 
 
 def load_pipeline(
@@ -90,19 +91,21 @@ def load_pipeline(
     except RuntimeError as error:  # torch's for a device that it does not know
         raise ValueError(f"device {device!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    weights = {
-        part.name: hash_weight_files(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))
-    }
     about = {
         "name": public_name(str(checkpoint)),
         "revision": commit,
         "class": type(pipeline).__name__,
         "dtype": dtype,
         "scheduler": scheduler_of(pipeline),
-        "weights_sha256": weights,
+        "weights_sha256": hash_parts(folder),
         "ema": averaged(folder),
     }
     return pipeline, about
+
+
+def hash_parts(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights of each part of a pipeline folder."""
+    return {part.name: hash_weight_files(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))}
 
 
 def scheduler_of(pipeline: DiffusionPipeline) -> dict[str, Any] | None:
@@ -161,6 +164,35 @@ def call_arguments(pipeline: DiffusionPipeline, asked: Mapping[str, Any], *, edi
         if argument in parameters and parameters[argument].default not in (None, inspect.Parameter.empty)
     }
     return defaults | given
+
+
+def call_defaults(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The pipeline's own defaults of whatever it is not called with, as far as JSON can hold them: some, such as a second guidance
+    or an instruction around each prompt, decide a score.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The model.
+        arguments (`dict`): What it is called with.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.tiny import tiny_pipeline
+    >>> defaults = call_defaults(tiny_pipeline(), {"guidance_scale": 3.0})
+    >>> defaults["num_inference_steps"], defaults["negative_prompt"], "guidance_scale" in defaults
+    (30, None, False)
+    ```
+    """
+    defaults = {}
+    for name, parameter in inspect.signature(type(pipeline).__call__).parameters.items():
+        if parameter.default is inspect.Parameter.empty or name in arguments or name in GIVEN:
+            continue
+        try:
+            defaults[name] = json.loads(json.dumps(parameter.default, allow_nan=False))
+        except (TypeError, ValueError):
+            continue
+    return defaults
 
 
 def draw_pictures(

@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .generation import read_note
+from ..integrity import sha256
+from .generation import PICTURES, read_note
 from .geneval_models import load_picture
 from .paper import PAPER
-from .results import PARTS, Details, read_result, values_of
+from .results import LOCAL, PARTS, Details, changes_of_software, picture_of, read_result, values_of
 
 
 REPORT = "report.md"
@@ -38,11 +39,14 @@ def write_report(results: Sequence[str | Path], output: str | Path, names: Seque
 
     Raises:
         OSError: If a file is no result.
-        ValueError: If there are not as many names as results.
+        ValueError: If there are not as many names as results, or a name is given twice.
     """
     files = [Path(result) for result in results]
     if names is not None and len(names) != len(files):
         raise ValueError(f"{len(files)} results need as many names, got {len(names)}.")
+    repeated = sorted({name for name in names or () if names is not None and names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"Each result needs a name of its own; {', '.join(repeated)} stands for several.")
     loaded = [read_result(file) for file in files]
     called = list(names) if names is not None else unique([name_of(result) for result in loaded])
     output = Path(output)
@@ -83,6 +87,19 @@ def unique(names: Sequence[str]) -> list[str]:
     ]
 
 
+def column_of(name: str, result: Mapping[str, Any]) -> str:
+    """A result's name, marked where it is of a part of its benchmark."""
+    subset = result["benchmark"]["subset"]
+    return name if subset is None else f"{name} (only {subset} items)"
+
+
+def columns_of(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """What a table and its plots compare: each result's values, and the paper's."""
+    measured = {column_of(name, result): values_of(benchmark, result["scores"]) for name, result in results.items()}
+    rows = PAPER.get(benchmark, [])
+    return measured | {f"{row.name} (paper)": {"overall": row.overall, **row.tasks} for row in rows}
+
+
 def table(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     A table with one column a result and, where it has figures, one for each of the paper's rows.
@@ -94,12 +111,10 @@ def table(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     >>> print(table("dpg", {"mine": {"scores": scores, "benchmark": {"subset": None}}}).splitlines()[0][:46])
     | dpg | mine | IOMM-B 512 (paper) | IOMM-B 102
     """
-    columns: dict[str, dict[str, float | None]] = {}
+    columns = columns_of(benchmark, results)
     intervals: dict[tuple[str, str], str] = {}
     for name, result in results.items():
-        subset = result["benchmark"]["subset"]
-        column = name if subset is None else f"{name} (only {subset} items)"
-        columns[column] = values_of(benchmark, result["scores"])
+        column = column_of(name, result)
         described = {
             "overall": result["scores"]["overall"] or {},
             **result["scores"].get(PARTS.get(benchmark, ""), {}),
@@ -107,8 +122,6 @@ def table(benchmark: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         for part, value in described.items():
             if "low" in value:
                 intervals[column, part] = f" [{shown(benchmark, value['low'])}, {shown(benchmark, value['high'])}]"
-    for row in PAPER.get(benchmark, []):
-        columns[f"{row.name} (paper)"] = {"overall": row.overall, **row.tasks}
     parts = list(dict.fromkeys(part for values in columns.values() for part in values))
     lines = [f"| {benchmark} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for part in parts:
@@ -132,6 +145,9 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
         who = scorer.get("judge") or scorer.get("detector") or scorer.get("rules")
         commit = scorer.get("revision") or scorer.get("detector_revision")
         prompts = "rewritten prompts" if about["rewriting"] else "the benchmark's own prompts"
+        # GenEval's folders hold their prompts, whoever drew them.
+        if result["generation"] is None and about["name"] != "geneval" and counts.get("without_note", counts["found"]):
+            prompts = "prompts unknown"
         text = f"- {name}: {counts['found']:,} of {counts['expected']:,} files, {prompts}, looked at by {who}"
         text += f" at {commit}" if commit else ""
         unread = sum(counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed"))
@@ -139,6 +155,7 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
         text += (
             f"; {counts['filtered']} pictures were taken away by the pipeline's filter" if counts["filtered"] else ""
         )
+        text += "".join(f"; {remark}" for remark in changes_of_software(result))
         lines.append(text + ".")
     keys = [
         (
@@ -165,15 +182,12 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
     """Bars, a radar where there are three parts or more, and a sheet of failures for each result; returns the links to them."""
     from .figures import draw_bars, draw_radar, draw_sheet
 
-    values = {name: values_of(benchmark, result["scores"]) for name, result in results.items()}
-    compared: dict[str, dict[str, float | None]] = dict(values)
-    for row in PAPER.get(benchmark, []):
-        compared[f"{row.name} (paper)"] = {"overall": row.overall, **row.tasks}
+    compared = columns_of(benchmark, results)
     highest = HIGHEST.get(benchmark, 1.0)
     text = ""
     draw_bars(compared, output / f"{benchmark}-bars.png", highest)
     text += f"\n![Scores of {benchmark}]({benchmark}-bars.png)\n"
-    parts = [part for part in next(iter(values.values())) if part != "overall"]
+    parts = [part for part in next(iter(compared.values())) if part != "overall"]
     if len(parts) >= 3:
         known = {
             name: [value for part in parts if (value := row.get(part)) is not None] for name, row in compared.items()
@@ -186,7 +200,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         pictures = pictures_of(file)
         if not lines or pictures is None:
             continue
-        shown_lines = [line for line in lines[:SHEET] if (pictures / line["key"].partition("#")[0]).is_file()]
+        shown_lines = [line for line in lines[:SHEET] if is_about(line, pictures / picture_of(line))]
         if not shown_lines:
             continue
         columns = 6
@@ -196,7 +210,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         for start in range(0, len(shown_lines), columns):
             part = shown_lines[start : start + columns]
             label = str(start + 1)
-            images = [with_boxes(load_picture(pictures / line["key"].partition("#")[0]), line) for line in part]
+            images = [with_boxes(load_picture(pictures / picture_of(line)), line) for line in part]
             rows[label] = images + [blank] * (columns - len(part))
             titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
         sheet = f"{benchmark}-failures-{number}.png"
@@ -206,10 +220,16 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
 
 
 def pictures_of(file: Path) -> Path | None:
-    """Where a result's pictures are: beside it, in its run's folder, or where this machine noted."""
-    local = file.parent / "local.json"
-    folder = Path(json.loads(local.read_text())["pictures"]) if local.is_file() else file.parents[2] / "pictures"
-    return folder if folder.is_dir() else None
+    """Where a result's pictures are: in its run's folder, wherever that was moved to, or where this machine noted that they came from."""
+    run = file.resolve().parents[2] / PICTURES
+    local = file.parent / LOCAL
+    given = Path(json.loads(local.read_text())["pictures"]) if local.is_file() else run
+    return next((folder for folder in (given, run) if folder.is_dir()), None)
+
+
+def is_about(line: Mapping[str, Any], picture: Path) -> bool:
+    """Whether a line tells of this very picture."""
+    return picture.is_file() and line.get("picture") == sha256(picture)
 
 
 def worst(lines: Any) -> list[Mapping[str, Any]]:
@@ -257,7 +277,7 @@ def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
 
 def caption(line: Mapping[str, Any], pictures: Path) -> str:
     """What was asked, and what the judge or the detector saw in it."""
-    note = read_note(pictures / line["key"].partition("#")[0])
+    note = read_note(pictures / picture_of(line))
     asked = line.get("prompt") or (note["prompt"] if note is not None else line["key"])
     seen = line.get("reason") or f"{line.get('status', '')}: {line.get('text', '')}"
     return f"{asked[:90]} | {' '.join(seen.split())[:110]}"

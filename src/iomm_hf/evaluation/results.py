@@ -15,15 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from ..integrity import sha256
 from ..software import software
-from .benchmarks import Benchmark
+from .benchmarks import METADATA_FILE, Benchmark
 
 
 SCHEMA = "iomm-hf/evaluation/1"
 RESULT = "result.json"
+LOCAL = "local.json"  # where pictures that came from elsewhere are on this machine; stays on it
+SOFTWARE = "software"  # folder of what worked on a run, beside its settings
 # Where scores hold what the overall one is made of
 PARTS = {
     "geneval": "tasks",
@@ -53,7 +55,55 @@ def write_whole(path: Path, content: bytes, scratch: Path):
         raise
 
 
-def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Iterable[str] = ()):
+def record_software(folder: Path, device: str | None):
+    """
+    Writes down what works on a folder from now on: package versions, commit and device. What is there already, such as that of a
+    session that was interrupted or of another rank, stays beside it.
+
+    Args:
+        folder (`Path`): The record goes to `software/` in it.
+        device (`str`, *optional*): That is worked on, as torch names it; `None` where the work is done elsewhere.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> record_software(folder, "cpu")
+    >>> record_software(folder, "cpu")
+    >>> [record["device"] for record in read_software(folder)]
+    ['cpu']
+    ```
+    """
+    content = as_json(software(PACKAGES) | {"device": None if device is None else device_name(device)})
+    name = hashlib.sha256(content).hexdigest()[:12]
+    write_whole(folder / SOFTWARE / f"{name}.json", content, folder / ".writing")
+
+
+def read_software(folder: Path) -> list[dict[str, Any]]:
+    """All that has worked on a folder, one entry for each different one."""
+    return [json.loads(file.read_bytes()) for file in sorted((folder / SOFTWARE).glob("*.json"))]
+
+
+def changes_of_software(result: Mapping[str, Any]) -> list[str]:
+    """What to say of a result that more than one set of packages, commit and device has worked on."""
+    works = (("drawn", result["generation"] or {}), ("looked at", result["scorer"]))
+    # The first results held one set, as a dict.
+    counts = {done: len(by["software"]) for done, by in works if isinstance(by.get("software"), list)}
+    return [
+        f"{done} by {count} different sets of packages, commit and device"
+        for done, count in counts.items()
+        if count > 1
+    ]
+
+
+def device_name(device: str) -> str:
+    """A device's model where torch knows it, otherwise its kind; without a number, which differs between equal ones."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], kind: str):
     """
     Writes settings beside what they belong to, or checks that they are those that it was begun with.
 
@@ -61,7 +111,6 @@ def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Ite
         path (`Path`): The JSON file.
         settings (`dict`): What to write.
         kind (`str`): What was begun, for the message.
-        free (`list[str]`, *optional*): Entries that may differ when work goes on, such as versions.
 
     Raises:
         OSError: If the file is there and says something else.
@@ -79,7 +128,7 @@ def write_settings(path: Path, settings: Mapping[str, Any], kind: str, free: Ite
     if not path.is_file():
         write_whole(path, as_json(plain), path.parent / ".writing")
     begun = json.loads(path.read_text())  # also where another rank was faster
-    differing = [name for name in {**begun, **plain} if name not in free and begun.get(name) != plain.get(name)]
+    differing = [name for name in {**begun, **plain} if begun.get(name) != plain.get(name)]
     if differing:
         name = differing[0]
         raise OSError(
@@ -99,11 +148,14 @@ def folder_name(*names: str) -> str:
 
 class Details:
     """
-    Lines about pictures, one JSON object each, in one file a rank.
+    Lines about pictures, one JSON object each, in one file a rank. A line's `key` is the picture's path, or that and what it is
+    asked about after a `#`.
 
     Args:
         folder (`Path`): Of the scorer.
         rank (`int`, *optional*, defaults to 0): Whose file is appended to.
+        pictures (`dict[str, str]`, *optional*): SHA-256 of each picture by its path. Lines then hold their picture's, and those about
+            other pictures, of whatever name, are not read. By default all are.
 
     Example:
 
@@ -116,9 +168,10 @@ class Details:
     ```
     """
 
-    def __init__(self, folder: Path, rank: int = 0):
+    def __init__(self, folder: Path, rank: int = 0, pictures: Mapping[str, str] | None = None):
         self.folder = folder
         self.file = folder / f"details-{rank}.jsonl"
+        self.pictures = pictures
         self._begun = False
 
     def add(self, line: Mapping[str, Any]):
@@ -129,20 +182,34 @@ class Details:
                 with self.file.open("a") as file:
                     file.write("\n")  # after half a line, which a killed run left
             self._begun = True
+        own = {} if self.pictures is None else {"picture": self.pictures[picture_of(line)]}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**line, **own}, ensure_ascii=False) + "\n")
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again."""
+        """All ranks' lines by key; half a line, which only a killed run leaves, is passed over and done again, and a question
+        that failed on one rank does not undo another's answer."""
         lines: dict[str, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("details-*.jsonl")):
-            for text in file.read_text(encoding="utf-8").splitlines():
+            for content in file.read_bytes().split(
+                b"\n"
+            ):  # str.splitlines would also part lines at U+2028, which JSON holds raw
                 try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
+                    line = json.loads(content.decode())
+                except ValueError:  # not JSON, or cut inside a character
+                    continue
+                if self.pictures is not None and line.get("picture") != self.pictures.get(picture_of(line), ""):
+                    continue
+                before = lines.get(line["key"], {})
+                if line.get("read") is None and before.get("read") is not None:
                     continue
                 lines[line["key"]] = line
         return lines
+
+
+def picture_of(line: Mapping[str, Any]) -> str:
+    """The path of the picture that a line of details is about."""
+    return line["key"].partition("#")[0]
 
 
 def find_pictures(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
@@ -150,7 +217,7 @@ def find_pictures(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
     Where each file of a benchmark lies in a folder of its official layout, ours or another's.
 
     Raises:
-        Incomplete: If any is missing, or GenEval's folders hold other prompts or another number of pictures.
+        Incomplete: If any is missing, or GenEval's folders hold no prompts, other ones, or another number of pictures.
 
     Example:
 
@@ -187,15 +254,17 @@ def find_geneval(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
         samples = folder / item / "samples"
         if not samples.is_dir():
             continue
-        line = folder / item / "metadata.jsonl"
-        if line.is_file():
-            written = json.loads(line.read_text())
-            wanted = {name: metadata.get(name) for name in ("tag", "include", "exclude")}
-            if {name: written.get(name) for name in wanted} != wanted:
-                raise Incomplete(
-                    f"{line} asks for {written.get('prompt')!r}; item {item} of the benchmark is {metadata['prompt']!r}. These are"
-                    " other prompts, or in another order."
-                )
+        line = folder / item / METADATA_FILE
+        if not line.is_file():
+            raise Incomplete(f"{line} is missing, so nothing says what {samples} was drawn for.")
+        written = json.loads(line.read_bytes())
+        wanted = {name: metadata.get(name) for name in ("tag", "include", "exclude")}
+        prompts = {metadata["prompt"], *(drawing.prompt for drawing in benchmark.drawings if drawing.item == item)}
+        if {name: written.get(name) for name in wanted} != wanted or written.get("prompt") not in prompts:
+            raise Incomplete(
+                f"{line} asks for {written.get('prompt')!r}; item {item} of the benchmark is {metadata['prompt']!r}. These are"
+                " other prompts, or in another order."
+            )
         pictures = sorted(
             (p for p in samples.iterdir() if re.fullmatch(r"\d+\.png", p.name)), key=lambda p: int(p.stem)
         )
@@ -208,11 +277,11 @@ def find_geneval(benchmark: Benchmark, folder: Path) -> dict[str, Path]:
     return found
 
 
-def hash_pictures(pictures: Mapping[str, Path]) -> str:
-    """SHA-256 over the names and contents of all pictures: the identity of what was scored."""
+def hash_pictures(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the names of all pictures and the SHA-256 of each: the identity of what was scored."""
     digest = hashlib.sha256()
-    for name in sorted(pictures):
-        digest.update(f"{sha256(pictures[name])}  {name}\n".encode())
+    for name in sorted(hashes):
+        digest.update(f"{hashes[name]}  {name}\n".encode())
     return digest.hexdigest()
 
 
@@ -232,6 +301,7 @@ def build_result(
     scorer: Mapping[str, Any],
     counts: Mapping[str, int],
     pictures: Mapping[str, Path],
+    hashes: Mapping[str, str],
     generation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """
@@ -243,6 +313,7 @@ def build_result(
         scorer (`dict`): Detectors or judge, with revisions and settings.
         counts (`dict[str, int]`): Expected, found, and whatever was not as it should be.
         pictures (`dict[str, Path]`): What was scored.
+        hashes (`dict[str, str]`): SHA-256 of each.
         generation (`dict`, *optional*): Content of `generation.json`; `None` where pictures came from elsewhere.
     """
     return {
@@ -254,7 +325,7 @@ def build_result(
         "scorer": dict(scorer),
         "generation": dict(generation) if generation is not None else None,
         "picture_sizes": picture_sizes(pictures.values()),
-        "pictures_sha256": hash_pictures(pictures),
+        "pictures_sha256": hash_pictures(hashes),
         "software": software(PACKAGES),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }

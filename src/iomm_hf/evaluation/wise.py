@@ -62,7 +62,10 @@ def read_answer(version: str, text: str) -> dict[str, int] | None:
     names, highest = (ASPECTS, 2) if version == "wise" else (("score",), 1)
     scores = {}
     for name in names:
-        pattern = rf"\b{name.replace(' ', '[ _]')}\b\W{{0,8}}(\d+(?:\.\d+)?)"
+        # The name, perhaps its scale in brackets, which is no score, then what stands between them and the number.
+        pattern = (
+            rf"\b{name.replace(' ', '[ _]')}\b[^\w(\[]{{0,4}}(?:\([^)]*\)|\[[^\]]*\])?[^\w(\[]{{0,8}}(\d+(?:\.\d+)?)"
+        )
         found = set(re.findall(pattern, text, re.IGNORECASE))
         if len(found) != 1 or not re.fullmatch(rf"[0-{highest}]", value := found.pop()):
             return None
