@@ -20,7 +20,7 @@ from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.loop import attention_kernel
+from iomm_hf.training.loop import attention_kernel, keep_log_until
 
 
 def same_state(first: Path, second: Path) -> bool:
@@ -296,6 +296,16 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_exactly(setti
     keys = [key for number in sorted(used) for key in used[number]]
     assert sorted(used) == list(range(1, 13)) and len(keys) == len(set(keys)) == 36
     assert sum(key.endswith("@0") for key in keys) == 24  # the whole first epoch, and half of the second
+
+
+def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
+    log, whole = tmp_path / "log.jsonl", '{"step": 2, "loss": 1.0}\n'
+    log.write_text(whole + '{"step": 4, "loss": 0.5}\n{"step": 6, "lo')
+    keep_log_until(log, 2)
+    assert log.read_text() == whole and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    log.write_text('{"step": 2, "lo\n' + whole)
+    with pytest.raises(json.JSONDecodeError):  # no accident of ours
+        keep_log_until(log, 2)
 
 
 def test_bad_samples_are_skipped_and_counted(settings, parts, tmp_path):

@@ -401,12 +401,20 @@ def caption_room(pipeline: IOMMPipeline) -> int:
 
 
 def keep_log_until(path: Path, step: int):
-    """Drops the log's lines behind `step`: a resumed run writes them again."""
-    rows = (
-        [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
-    )
+    """Drops the log's lines behind `step`, which a resumed run writes again, and a last line that a full disk cut short."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+            break
+        if row["step"] <= step:
+            kept.append(line)
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text("".join(row + "\n" for row in rows))
+    temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
 
 
@@ -493,7 +501,8 @@ def evaluate(
     """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`.
     Every rank draws them, as for validation."""
     best = output_dir / "best"
-    record = json.loads((best / "score.json").read_text())["overall"] if best.exists() else -1.0
+    score = best / "score.json"
+    record = json.loads(score.read_text())["overall"] if score.is_file() else -1.0  # an older version could halve it
     row: dict[str, Any] = {}
     plan = benchmark_plan(pictures_per_task=config.eval_pictures)
     pipeline.text_encoder.eval()
