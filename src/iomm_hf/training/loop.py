@@ -287,9 +287,7 @@ def train(config: TrainingConfig) -> Path:
         accelerator.free_memory(wrapped)
         accelerator.end_training()
         if accelerator.is_main_process:
-            print(
-                f"Stopped by {signal} after step {step}, whose checkpoint is written. To go on: {shlex.join(sys.argv)}"
-            )
+            print(f"Stopped by {signal} after step {step}, whose checkpoint is written. {how_to_go_on(accelerator)}")
         raise SystemExit(0)
 
     # 6. The result: whole in itself, but for frozen parts that the Hub holds; or a LoRA
@@ -309,6 +307,14 @@ def train(config: TrainingConfig) -> Path:
     (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
     return final
+
+
+def how_to_go_on(accelerator: Accelerator) -> str:
+    """What a person types to resume; a process does not know the launcher's flags."""
+    if accelerator.num_processes == 1:
+        return f"To go on: {shlex.join(sys.orig_argv)}"
+    number, command = accelerator.num_processes, shlex.join(sys.argv)
+    return f"To go on, start it again with the same launcher and {number} processes: {command}"
 
 
 def update(
