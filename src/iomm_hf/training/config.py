@@ -47,9 +47,12 @@ class TrainingConfig:
     output_dir: str = setting("outputs/run", "Folder of the run: checkpoints, log, pictures, `final`.")
 
     # Model
-    preset: str = setting("base", "Size to build: tiny, base, large or xl.")
+    preset: str | None = setting(
+        None, "Size to build: tiny, base, large or xl; with init_from, the size of that. Default: base."
+    )
     init_from: str | None = setting(
-        None, "Pipeline folder or Hub id to start from, such as stage 1's `final`; replaces `preset`, `mllm`, `vae`."
+        None,
+        "Pipeline folder or Hub id to start from, such as stage 1's `final`; replaces `mllm`, `vae` and what `preset` builds.",
     )
     mllm: str | None = setting(None, "Frozen MLLM: folder or Hub id in InternVL's layout. Default: the preset's.")
     mllm_revision: str | None = setting(None, "Revision of `mllm`; resolved and recorded when the run starts.")
@@ -182,6 +185,13 @@ class TrainingConfig:
             raise ValueError(
                 f"peak_tflops must be positive, got {self.peak_tflops}; leave it out to log no utilisation."
             )
+        if self.preset is None:
+            if self.init_from is not None and self.mask_ratio is None:
+                raise ValueError(
+                    f"init_from={self.init_from!r} does not say which share of image tokens to hide: give a mask_ratio, or"
+                    " the preset of its size (tiny, base, large or xl), whose share is taken."
+                )
+            self.preset = "base"
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:

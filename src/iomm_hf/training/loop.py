@@ -144,6 +144,7 @@ def train(config: TrainingConfig) -> Path:
     )
 
     # 3. What trains
+    assert config.preset is not None  # filled in by the settings
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
     sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
     if config.mixed_precision == "bf16":
