@@ -57,7 +57,15 @@ from .checkpoints import (
     write_json,
 )
 from .config import LoraTrainingConfig, TrainingConfig, changed_settings
-from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_signals_to_main
+from .guards import (
+    NonFiniteGuard,
+    SpikeGuard,
+    StopSignals,
+    check_strategy,
+    hold_folder,
+    leave_signals_to_main,
+    take_over_fsdp,
+)
 from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
@@ -82,12 +90,14 @@ def train(config: TrainingConfig) -> Path:
 
     Raises:
         `ValueError`: settings that do not fit, or that differ from those of the run to resume.
-        `RuntimeError`: the run is not distributed as the launcher asked.
+        `RuntimeError`: the run is not distributed as the launcher asked; another run is at work in the folder, or not all ranks
+            see it.
         `FloatingPointError`: too many updates in a row were not finite, or the loss leapt.
         `OSError`: a checkpoint could not be written.
         `SystemExit`: SIGTERM or SIGINT asked it to stop; it has written a checkpoint and exits with 0.
     """
     output_dir = Path(config.output_dir)
+    take_over_fsdp(config.fully_shard)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation,
         mixed_precision=config.mixed_precision,
@@ -97,6 +107,12 @@ def train(config: TrainingConfig) -> Path:
     )
     check_strategy(accelerator, config.fully_shard)
     set_seed(config.seed)
+    with hold_folder(output_dir, accelerator):
+        return run(config, output_dir, accelerator)
+
+
+def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path:
+    """[`train`] in a folder of its own."""
     checkpoint = open_run(config, output_dir, accelerator)
 
     # 1. Parts
@@ -374,19 +390,19 @@ def attention_kernel(device: torch.device, mixed_precision: str) -> AbstractCont
 
 
 def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """Prepares the run's folder; returns the checkpoint to resume from.
+    """Tidies the run's folder; returns the checkpoint to resume from, which the first rank finds for all.
 
     Raises:
         `ValueError`: the folder holds a run with other settings, or one that may not be resumed.
     """
+    name: str | None = None
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
-    accelerator.wait_for_everyone()
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+        name = max((path.name for path in list_checkpoints(output_dir)), default=None)
+    [name] = broadcast_object_list([name])
+    if name is None:
         return None
-    newest = checkpoints[-1]
+    newest = output_dir / name
     if not config.resume:
         raise ValueError(f"{output_dir} holds {newest.name}; resume it (--resume true) or choose another output_dir.")
     saved = json.loads((newest / "state" / "trainer.json").read_text())["config"]
