@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from ..data.buckets import BucketedStream, bucket_sizes
 from ..data.collate import IOMMCollator, sample_seed
+from ..data.sources import SourceConfig, hub_commits, pinned
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
 from ..evaluation.shapes import benchmark_plan, score_pictures
@@ -114,17 +115,28 @@ def train(config: TrainingConfig) -> Path:
 def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path:
     """[`train`] in a folder of its own."""
     checkpoint = open_run(config, output_dir, accelerator)
+    record = output_dir / "run.json"
+    opened = config.image_sources if config.mix_ratio > 0 else []
+    opened = opened + config.paired_sources if config.mix_ratio < 1 else opened
+    commits = data_commits(opened, None if checkpoint is None else record, accelerator)
+    running = software()
 
     # 1. Parts
     if checkpoint is None:
         pipeline = build_once(lambda: build_pipeline(config), accelerator)
         if accelerator.is_main_process:
-            start = {**software(), "config": config.to_dict(), "frozen": frozen_references(pipeline)}
+            start = {
+                **running,
+                "config": config.to_dict(),
+                "frozen": frozen_references(pipeline),
+                "data": commits,
+                "resumed": [],
+            }
             if isinstance(config, LoraTrainingConfig):
                 start["base_hash"] = hash_weights(pipeline)
-            write_json(output_dir / "run.json", start)
+            write_json(record, start)
     elif isinstance(config, LoraTrainingConfig):
-        pipeline = build_once(lambda: reload_base(config, output_dir / "run.json"), accelerator)
+        pipeline = build_once(lambda: reload_base(config, record), accelerator)
     else:
         pipeline = build_once(lambda: IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32), accelerator)
     resolution = config.resolution or pipeline.resolution
@@ -134,8 +146,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
 
     # 2. Data: every rank reads its own share, so Accelerate need not split or dispatch.
     stream = build_stream(
-        config.image_sources,
-        config.paired_sources,
+        [pinned(source, commits) for source in config.image_sources],
+        [pinned(source, commits) for source in config.paired_sources],
         config.mix_ratio,
         seed=config.seed,
         block_size=config.shuffle_block,
@@ -216,6 +228,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
             scheduler.load_state_dict(state)
         step, skipped, recent = trainer_state["step"], Counter(rank_state["skipped"]), rank_state["recent"]
         logger.info("Resuming from %s", checkpoint)
+        if accelerator.is_main_process:
+            note_resumption(record, step, trainer_state.get("software"), running)
     if accelerator.is_main_process:
         keep_log_until(output_dir / "log.jsonl", step)
     accelerator.wait_for_everyone()
@@ -227,7 +241,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
     )
     batches = iter(loader)
-    sources = [f"{i}: {source.source.path}" for i, source in enumerate(stream.streams)]
+    sources = [f"{i}: {source.path}" for i, source in enumerate(opened)]
     logged = step
     not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite)
     spikes = SpikeGuard(config.max_loss_ratio, logged_losses(output_dir / "log.jsonl"))
@@ -292,6 +306,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
                     "num_processes": accelerator.num_processes,
                     "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "config": config.to_dict(),
+                    "software": running,
                 }
                 rank_state = {"loader": loader.state_dict(), "skipped": skipped, "recent": recent}
                 path = output_dir / checkpoint_name(step)
@@ -414,6 +429,35 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
             + f"\nUse the same settings, or start a new output_dir with --init_from {newest}."
         )
     return newest
+
+
+def data_commits(sources: list[SourceConfig], record: Path | None, accelerator: Accelerator) -> dict[str, str]:
+    """The commits at which the run reads data on the Hub: those that its record names, otherwise where it stands now."""
+    commits: dict[str, str] | None = None
+    if accelerator.is_main_process:
+        if record is not None and record.exists():
+            commits = json.loads(record.read_text()).get("data")
+        if commits is None:
+            commits = hub_commits(sources)
+    [commits] = broadcast_object_list([commits])
+    return commits
+
+
+def note_resumption(record: Path, step: int, before: dict[str, Any] | None, now: dict[str, Any]):
+    """Adds a part to the run's record, and warns if it does not run on what wrote the checkpoint."""
+    content = json.loads(record.read_text()) if record.exists() else {}
+    content.setdefault("resumed", []).append({"step": step, **now})
+    write_json(record, content)
+    if before is None:  # an earlier version kept no account of it
+        return
+    old, new = ({**part["versions"], "commit": part["commit"]} for part in (before, now))
+    changes = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+    if changes:
+        logger.warning(
+            "Resuming on other software than wrote the checkpoint: %s. The run may not end bit for bit where an unbroken"
+            " one ends.",
+            ", ".join(changes),
+        )
 
 
 def caption_room(pipeline: IOMMPipeline) -> int:
