@@ -3,17 +3,19 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, debug_launcher
 from safetensors.torch import load_file
 
 from iomm_hf.training import PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.guards import SpikeGuard, StopSignals, check_strategy
+from iomm_hf.training.guards import SpikeGuard, StopSignals, check_strategy, hold_folder, take_over_fsdp
 
 
 MEASURED = ("images_per_second", "seconds_waiting")  # by the clock
@@ -127,9 +129,9 @@ def test_a_second_interrupt_stops_at_once():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP asks for FSDP, but Accelerate runs NO"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED, but Accelerate runs NO"),
         ({"WORLD_SIZE": "2"}, "started 2 processes, but this one counts 1"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "Slurm started 8 processes, but no launcher joins them"),
     ],
 )
 def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch, variables, message):
@@ -145,6 +147,77 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch, variabl
 def test_strategies_of_accelerate_that_shard_are_refused_at_the_start(strategy):
     with pytest.raises(RuntimeError, match=f"Launched with {strategy.value}, .* set --fully_shard true"):
         check_strategy(SimpleNamespace(num_processes=1, distributed_type=strategy))  # no CPU run has one
+
+
+def test_a_launcher_with_fsdp_needs_settings_that_shard(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RuntimeError, match="Launched with FSDP, but fully_shard is off.*--fully_shard true"):
+        train(PretrainConfig(**settings))
+    take_over_fsdp(fully_shard=True)
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # so neither Accelerate nor transformers shards as well
+    take_over_fsdp(fully_shard=False)  # nobody asks
+
+
+def test_a_launcher_inside_of_slurm_joins_its_tasks(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_strategy(Accelerator(cpu=True))
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from iomm_hf.training.guards import hold_folder
+
+with hold_folder(Path(sys.argv[1]), Accelerator(cpu=True)):
+    if os.fork():  # the child is a loader's worker that outlives the run
+        print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(settings):
+    run = Path(settings["output_dir"])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        (run / ".writing-checkpoint-00000002").mkdir()
+        with pytest.raises(RuntimeError, match=f"Another run is at work in {run}.*choose another output_dir"):
+            train(PretrainConfig(**settings))
+        assert (run / ".writing-checkpoint-00000002").is_dir()  # it is the other's
+        holder.kill()
+        holder.wait()
+        with hold_folder(run, Accelerator(cpu=True)):
+            pass
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.communicate()
+
+
+def enter_from_own_folder(home: Path, shared: bool):
+    accelerator = Accelerator(cpu=True)
+    os.chdir(home / str(accelerator.process_index))
+    if shared:
+        with hold_folder(home / "run", accelerator):
+            pass
+        return
+    with (
+        pytest.raises(RuntimeError, match=r"must be shared by all machines.*wrote in run, ranks \[1\] do not see"),
+        hold_folder(Path("run"), accelerator),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_that_see_different_folders_are_refused(tmp_path, shared):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    debug_launcher(enter_from_own_folder, (tmp_path, shared), num_processes=2)
+    assert {path.name for path in (tmp_path / ("." if shared else "0") / "run").iterdir()} == {".lock"}
 
 
 def test_one_process_cannot_divide_the_weights(settings):

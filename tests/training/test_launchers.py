@@ -67,6 +67,13 @@ def test_launchers_of_one_machine(config, name, flags, files):
     assert written == files and trainer["num_processes"] == 2
 
 
+def test_fsdp_without_settings_that_shard_is_refused(config):
+    process = launch("fsdp2", ["--num_processes", "2", "--main_process_port", str(free_port())], config)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode != 0 and "Launched with FSDP, but fully_shard is off" in output, output[-3000:]
+    assert not Path(yaml.safe_load(config.read_text())["output_dir"]).exists()
+
+
 def test_two_machines_train_one_model(config):
     common = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     common += ["--main_process_port", str(free_port())]

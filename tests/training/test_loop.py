@@ -20,7 +20,7 @@ from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.loop import attention_kernel
+from iomm_hf.training.loop import attention_kernel, keep_log_until
 
 
 def same_state(first: Path, second: Path) -> bool:
@@ -229,6 +229,56 @@ def test_resuming_with_other_settings_is_refused(settings):
     assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
 
 
+def test_more_steps_are_refused_where_the_rate_depends_on_them(settings):
+    settings |= {"lr_scheduler": "linear"}
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    with pytest.raises(ValueError, match=r"max_steps: 4 -> 8, over which lr_scheduler linear spreads the rate"):
+        train(PretrainConfig(**settings | {"max_steps": 8}))
+    train(PretrainConfig(**settings | {"max_steps": 4, "log_every": 1}))  # as it was
+
+
+ON_HUB = """
+from iomm_hf.training import PretrainConfig, train
+
+settings = json.loads(sys.argv[1])
+train(PretrainConfig(**settings))
+"""
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(settings, parts, tmp_path, hub, client):
+    tars = {path.name: path.read_bytes() for path in sorted((parts / "images").glob("*.tar"))}
+    commit = hub.commit_files("user/pictures", tars, repo_type="dataset")
+    settings |= {"images": ["hf://datasets/user/pictures/*.tar"], "max_steps": 4, "save_every": 2}
+    run, unbroken, last = Path(settings["output_dir"]), tmp_path / "unbroken", "checkpoint-00000004"
+    environment = hub.environment(tmp_path / "home")
+    client(environment, ON_HUB, json.dumps(settings | {"output_dir": str(unbroken)}))
+    client(environment, ON_HUB, json.dumps(settings | {"max_steps": 2}))
+    assert json.loads((run / "run.json").read_text())["data"] == {"user/pictures": commit}
+    hub.commit_files("user/pictures", {name: next(iter(tars.values())) for name in tars}, repo_type="dataset")
+    client(environment, ON_HUB, json.dumps(settings))
+    assert same_state(unbroken / last, run / last)
+    record = json.loads((run / "run.json").read_text())
+    assert record["data"] == {"user/pictures": commit} and [part["step"] for part in record["resumed"]] == [2]
+
+
+def test_other_software_is_noted_and_warned_of(settings, caplog):
+    train(PretrainConfig(**settings | {"max_steps": 4}))
+    run = Path(settings["output_dir"])
+    state = run / "checkpoint-00000004/state/trainer.json"
+    content = json.loads(state.read_text())
+    for version in (content["software"]["versions"]["torch"], "1.0"):
+        caplog.clear()
+        content["software"]["versions"]["torch"] = version
+        state.write_text(json.dumps(content))
+        train(PretrainConfig(**settings | {"max_steps": 4}))
+        assert (f"torch 1.0 -> {torch.__version__}" in caplog.text) == (version == "1.0")
+        assert ("Resuming on other software" in caplog.text) == (version == "1.0")
+    started = json.loads((run / "run.json").read_text())
+    assert [part["step"] for part in started["resumed"]] == [4, 4]
+    assert started["resumed"][1]["versions"] == started["versions"]
+    assert started["resumed"][1]["commit"] == started["commit"]
+
+
 def test_a_checkpoint_of_an_earlier_version_is_refused(settings):
     train(PretrainConfig(**settings | {"max_steps": 4}))
     state = list_checkpoints(Path(settings["output_dir"]))[-1] / "state/rank-0.json"
@@ -296,6 +346,16 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_run_goes_on_exactly(setti
     keys = [key for number in sorted(used) for key in used[number]]
     assert sorted(used) == list(range(1, 13)) and len(keys) == len(set(keys)) == 36
     assert sum(key.endswith("@0") for key in keys) == 24  # the whole first epoch, and half of the second
+
+
+def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
+    log, whole = tmp_path / "log.jsonl", '{"step": 2, "loss": 1.0}\n'
+    log.write_text(whole + '{"step": 4, "loss": 0.5}\n{"step": 6, "lo')
+    keep_log_until(log, 2)
+    assert log.read_text() == whole and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    log.write_text('{"step": 2, "lo\n' + whole)
+    with pytest.raises(json.JSONDecodeError):  # no accident of ours
+        keep_log_until(log, 2)
 
 
 def test_bad_samples_are_skipped_and_counted(settings, parts, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +115,25 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, settings):
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert step == len(log.read_text().splitlines()) < 1000
     launch.finish(settings | {"max_steps": step + 1}, ranks=2)
+
+
+def test_what_a_stopped_run_prints_resumes_it(settings, tmp_path):
+    config, log = tmp_path / "run.yaml", Path(settings["output_dir"], "log.jsonl")
+    config.write_text(yaml.safe_dump(settings | {"max_steps": 1000, "save_every": 1000, "log_every": 1}))
+    command = shlex.join([sys.executable, str(RECIPE), "--config", str(config)])
+    steps = []
+    for _ in range(2):
+        with (tmp_path / "errors").open("w") as errors:
+            process = subprocess.Popen(f"exec {command}", shell=True, stdout=subprocess.PIPE, stderr=errors, text=True)
+        before = log.read_text() if log.exists() else ""
+        while (not log.exists() or len(log.read_text()) <= len(before)) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, (tmp_path / "errors").read_text()[-3000:]
+        stopped, _, command = printed.strip().partition(" To go on: ")
+        steps.append(int(stopped.partition("after step ")[2].partition(",")[0]))
+    assert 0 < steps[0] < steps[1] < 1000
 
 
 @pytest.mark.slow

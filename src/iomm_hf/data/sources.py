@@ -10,7 +10,8 @@ import os
 import re
 import tarfile
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import datasets
 import fsspec
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.utils.file_utils import xopen
+from huggingface_hub import HfApi, parse_hf_uri
 
 from .images import MAX_PIXELS, MIN_SIDE
 
@@ -26,7 +28,9 @@ READERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".parquet": "parquet"}
 READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "imagefolder")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+HUB = "hf://datasets/"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 RETRIES = 3  # of what looks damaged and is not on this machine
 
 
@@ -40,8 +44,8 @@ class SourceConfig:
             A local folder of tars, parquet files or image files, all of which are read; a path or glob that ends in
             `.tar`, `.tar.gz` or `.parquet` and may start with `hf://datasets/`; or the id of a data set on the Hub. For
             an id, `datasets` sorts files into splits by their names and can leave some out: BLIP3o-60k, where one name
-            says "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`. A glob is
-            pinned by a revision behind the id: `hf://datasets/BLIP3o/BLIP3o-60k@<commit>/*.tar`.
+            says "train" and the others nothing, needs the glob `hf://datasets/BLIP3o/BLIP3o-60k/*.tar`. A glob's
+            revision stands behind the id: `hf://datasets/BLIP3o/BLIP3o-60k@<commit>/*.tar`.
         config (`str`, *optional*):
             Name of the configuration, for a Hub id.
         split (`str`, *optional*, defaults to `"train"`):
@@ -109,6 +113,85 @@ class SourceConfig:
             raise ValueError(f"min_side of {self.path!r} must be at least 1 pixel, got {self.min_side}")
         if self.max_pixels < self.min_side**2:
             raise ValueError(f"max_pixels of {self.path!r} must be at least min_side squared, got {self.max_pixels}")
+
+
+def hub_commits(sources: Iterable[SourceConfig]) -> dict[str, str]:
+    r"""
+    Where the repositories on the Hub that sources read stand now.
+
+    Args:
+        sources (`Iterable[SourceConfig]`): Any; those on this machine and those at a commit add nothing.
+
+    Returns:
+        `dict[str, str]`: The commit of each repository, by its id and, if one is given, `@` and its branch or tag.
+
+    Raises:
+        `ValueError`: one cannot be found.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.data.sources import SourceConfig, hub_commits
+    >>> hub_commits([SourceConfig("photos/*.tar")])
+    {}
+    >>> hub_commits([SourceConfig("hf://datasets/BLIP3o/BLIP3o-60k/*.tar")])  # doctest: +SKIP
+    {'BLIP3o/BLIP3o-60k': '<40 hexadecimal digits>'}
+    ```
+    """
+    commits: dict[str, str] = {}
+    for source in sources:
+        for _, repository, revision in _on_hub(source):
+            name = _name(repository, revision)
+            if name in commits or COMMIT.fullmatch(revision or ""):
+                continue
+            try:
+                commits[name] = str(HfApi().dataset_info(repository, revision=revision).sha)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot open {name!r}, neither here nor on the Hub: {error}") from error
+    return commits
+
+
+def pinned(source: SourceConfig, commits: Mapping[str, str]) -> SourceConfig:
+    r"""
+    A source whose data on the Hub cannot change.
+
+    Args:
+        source ([`SourceConfig`]): Any.
+        commits (`Mapping[str, str]`): As [`hub_commits`] finds them; what they do not name stays as it is.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.data.sources import SourceConfig, pinned
+    >>> pinned(SourceConfig("hf://datasets/user/set/*.tar"), {"user/set": "c0ffee"}).path
+    'hf://datasets/user/set@c0ffee/*.tar'
+    ```
+    """
+    changes: dict[str, str] = {}
+    for field_name, repository, revision in _on_hub(source):
+        commit = commits.get(_name(repository, revision))
+        if commit is not None and field_name == "revision":
+            changes["revision"] = commit
+        elif commit is not None:
+            path = parse_hf_uri(getattr(source, field_name)).path_in_repo
+            changes[field_name] = f"{HUB}{repository}@{commit}/{path}"
+    return replace(source, **changes)  # type: ignore[arg-type]  # all of these are strings
+
+
+def _on_hub(source: SourceConfig) -> Iterator[tuple[str, str, str | None]]:
+    """The fields of a source that say what it reads on the Hub, each with repository and revision."""
+    for field_name in ("path", "caption_file"):
+        address = getattr(source, field_name) or ""
+        if address.startswith(HUB):
+            uri = parse_hf_uri(address)
+            yield field_name, uri.id, uri.revision
+    in_files = source.path.endswith((".tar", ".tar.gz", ".parquet"))
+    if HUB_ID.fullmatch(source.path) and not in_files and not Path(source.path).exists():
+        yield "revision", source.path, source.revision
+
+
+def _name(repository: str, revision: str | None) -> str:
+    return f"{repository}@{revision}" if revision else repository
 
 
 def open_source(source: SourceConfig) -> tuple[datasets.IterableDataset, list[str]]:

@@ -29,7 +29,9 @@ from .sources import (
     check_end_of_tar,
     ending,
     find_image_column,
+    hub_commits,
     open_source,
+    pinned,
     read_captions,
     stem,
 )
@@ -62,7 +64,7 @@ class SampleStream(IterableDataset):
 
     Args:
         source ([`SourceConfig`]):
-            What to read.
+            What to read; on the Hub, at the commit where it stands now, so that a state does not fit a set that has changed.
         seed (`int`, *optional*, defaults to 0):
             Seed of the order.
         block_size (`int`, *optional*, defaults to 1024):
@@ -114,6 +116,7 @@ class SampleStream(IterableDataset):
                 "expected seed >= 0, block_size >= 1 and 0 <= rank < world_size, "
                 f"got seed={seed}, block_size={block_size}, rank={rank}, world_size={world_size}"
             )
+        source = pinned(source, hub_commits([source]))
         self.source, self.seed, self.block_size = source, seed, block_size
         self.rank, self.world_size, self.max_caption_bytes = rank, world_size, max_caption_bytes
         dataset, self.files = open_source(source)

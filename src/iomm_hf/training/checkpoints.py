@@ -32,6 +32,7 @@ from .module import IOMMTrainingModule, local_part
 STATE = "state"
 PREFIX = "checkpoint-"
 TEMPORARY = ".writing-"
+REPLACED = ".replaced-"
 
 
 def checkpoint_name(step: int) -> str:
@@ -44,9 +45,23 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def remove_leftovers(output_dir: Path):
-    """Deletes what a killed run was writing."""
+    """Deletes what a killed run was writing, and brings back what it was about to replace."""
     for path in output_dir.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in output_dir.glob(f"{REPLACED}*"):
+        bring_back(path.with_name(path.name.removeprefix(REPLACED)))
+
+
+def bring_back(path: Path):
+    """Ends a folder's replacement that was cut short: the old one returns, unless the new one is there."""
+    replaced = path.with_name(REPLACED + path.name)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(path)
 
 
 def write_json(path: Path, content: Any):
@@ -58,9 +73,11 @@ def write_json(path: Path, content: Any):
 
 @contextmanager
 def whole_folder(path: Path, accelerator: Accelerator):
-    """Gives a temporary folder that becomes `path` when every rank has written its part, and vanishes on an error."""
+    """Gives a temporary folder that becomes `path` when every rank has written its part, and vanishes on an error. A folder
+    that it replaces is deleted last, so that one of them is whole at any moment."""
     temporary = path.with_name(TEMPORARY + path.name)
     if accelerator.is_main_process:
+        bring_back(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -76,8 +93,10 @@ def whole_folder(path: Path, accelerator: Accelerator):
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        if path.exists():
+            path.rename(path.with_name(REPLACED + path.name))
+        temporary.rename(path)
+        bring_back(path)
     accelerator.wait_for_everyone()
 
 

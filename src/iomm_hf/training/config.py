@@ -1,7 +1,7 @@
 """The settings of a run, as one typed table that YAML files and flags fill (`TrlParser`).
 
 Defaults are the paper's for IOMM-B unless the help says "our choice". Whatever could change the numbers a run computes is
-compared when it resumes; the few fields in `FREE_ON_RESUME` may differ.
+compared when it resumes; the few fields in `FREE_ON_RESUME` may differ, and `max_steps` where the rate does not depend on it.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +15,6 @@ from ..shipped import shipped_model
 
 # May change between the parts of one run: they decide when it stops and what it shows, not what it computes.
 FREE_ON_RESUME = {
-    "max_steps",
     "resume",
     "save_every",
     "keep_checkpoints",
@@ -31,6 +30,7 @@ FREE_ON_RESUME = {
     "max_nonfinite",
     "max_loss_ratio",
 }
+ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup")  # all others spread the rate over `max_steps`
 
 
 def setting(default: Any, help: str) -> Any:
@@ -47,9 +47,12 @@ class TrainingConfig:
     output_dir: str = setting("outputs/run", "Folder of the run: checkpoints, log, pictures, `final`.")
 
     # Model
-    preset: str = setting("base", "Size to build: tiny, base, large or xl.")
+    preset: str | None = setting(
+        None, "Size to build: tiny, base, large or xl; with init_from, the size of that. Default: base."
+    )
     init_from: str | None = setting(
-        None, "Pipeline folder or Hub id to start from, such as stage 1's `final`; replaces `preset`, `mllm`, `vae`."
+        None,
+        "Pipeline folder or Hub id to start from, such as stage 1's `final`; replaces `mllm`, `vae` and what `preset` builds.",
     )
     mllm: str | None = setting(None, "Frozen MLLM: folder or Hub id in InternVL's layout. Default: the preset's.")
     mllm_revision: str | None = setting(None, "Revision of `mllm`; resolved and recorded when the run starts.")
@@ -97,7 +100,9 @@ class TrainingConfig:
     # Optimisation
     batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
     gradient_accumulation: int = setting(1, "Forward passes an optimizer step.")
-    max_steps: int = setting(1000, "Optimizer steps of the run.")
+    max_steps: int = setting(
+        1000, "Optimizer steps of the run. A resumed one may have more or fewer where lr_scheduler is a constant one."
+    )
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "adamw (the paper's B and L), or muon (its XL): Muon for matrices, AdamW for the rest."
     )
@@ -180,6 +185,13 @@ class TrainingConfig:
             raise ValueError(
                 f"peak_tflops must be positive, got {self.peak_tflops}; leave it out to log no utilisation."
             )
+        if self.preset is None:
+            if self.init_from is not None and self.mask_ratio is None:
+                raise ValueError(
+                    f"init_from={self.init_from!r} does not say which share of image tokens to hide: give a mask_ratio, or"
+                    " the preset of its size (tiny, base, large or xl), whose share is taken."
+                )
+            self.preset = "base"
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:
@@ -313,9 +325,30 @@ def as_source(source: Any) -> SourceConfig:
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run may not change but did, as readable lines."""
+    r"""
+    What a resumed run may not change but did, as readable lines.
+
+    Args:
+        saved (`dict`): Settings as the checkpoint holds them.
+        now (`dict`): Those of the run that would go on.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.training.config import PretrainConfig, changed_settings
+    >>> short, long = (PretrainConfig(images=["pictures"], lr_scheduler="cosine", max_steps=n) for n in (10, 20))
+    >>> changed_settings(short.to_dict(), long.to_dict())
+    ['max_steps: 10 -> 20, over which lr_scheduler cosine spreads the rate']
+    ```
+    """
+    free = FREE_ON_RESUME | {"output_dir"}
+    why = {}
+    if now["lr_scheduler"] in ENDLESS_SCHEDULERS:
+        free |= {"max_steps"}
+    else:
+        why["max_steps"] = f", over which lr_scheduler {now['lr_scheduler']} spreads the rate"
     return [
-        f"{name}: {saved.get(name)!r} -> {value!r}"
+        f"{name}: {saved.get(name)!r} -> {value!r}{why.get(name, '')}"
         for name, value in now.items()
-        if name not in FREE_ON_RESUME and name != "output_dir" and saved.get(name) != value
+        if name not in free and saved.get(name) != value
     ]

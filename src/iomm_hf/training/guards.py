@@ -1,4 +1,5 @@
-"""What stops a run, or does not: another strategy than the one asked for, updates that are not finite, losses that leap, signals.
+"""What stops a run, or does not: another strategy than the one asked for, another run in its folder, updates that are not
+finite, losses that leap, signals.
 
 Ranks decide alike. The gradient's norm and the logged loss are those of all ranks anyway, so the first two cost nothing;
 a signal may reach one rank alone, so they ask each other after every step.
@@ -12,13 +13,19 @@ import signal
 import statistics
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
+from filelock import FileLock, Timeout
+
+from .checkpoints import TEMPORARY
 
 
 logger = logging.getLogger(__name__)
@@ -26,39 +33,125 @@ logger = logging.getLogger(__name__)
 USUAL = 20  # rows of the log whose median loss is the usual one
 
 
-STRATEGIES = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+def take_over_fsdp(fully_shard: bool):
+    r"""
+    Turns a launcher's FSDP into the loop's own (`training.sharding`), before Accelerate hears of it: its plugin becomes DDP on
+    CPU ranks without a word, and writes checkpoints that the loop cannot read.
+
+    Args:
+        fully_shard (`bool`): Whether the run's settings ask for sharding as well.
+
+    Raises:
+        `RuntimeError`: they do not: every rank would hold the whole.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.training.guards import take_over_fsdp
+    >>> take_over_fsdp(fully_shard=True)  # in place of `recipes/accelerate/fsdp2.yaml`'s plugin, where that is the launcher
+    ```
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if not fully_shard:
+        raise RuntimeError(
+            "Launched with FSDP, but fully_shard is off, so every rank would hold all weights: set --fully_shard true, or use"
+            " recipes/accelerate/ddp.yaml."
+        )
+    del os.environ["ACCELERATE_USE_FSDP"]
 
 
 def check_strategy(accelerator: Accelerator, fully_shard: bool = False):
     r"""
-    Whether the run is distributed as launcher and settings asked: on CPU ranks Accelerate turns FSDP into DDP without a word.
+    Whether the run is distributed as launcher and settings asked: on CPU ranks Accelerate turns DeepSpeed into DDP without a
+    word. FSDP is [`take_over_fsdp`]'s.
 
     Raises:
         `RuntimeError`: another strategy, or another number of processes, is in force; or one that Accelerate would run in
             a way that the loop's checkpoints do not fit: that would show hours later.
     """
+    alone = "WORLD_SIZE" not in os.environ
+    if alone and (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+        raise RuntimeError(
+            f"Slurm started {tasks} processes, but no launcher joins them: each would train alone. Start one task a machine"
+            " (srun --ntasks-per-node=1), and in it accelerate launch with recipes/accelerate/multi-node.yaml."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"The launcher started {launched} processes, but this one counts {accelerator.num_processes}: each would train"
             " alone. On CPUs set ACCELERATE_USE_CPU=true; on GPUs there must be one a process."
         )
-    for variable, strategy in STRATEGIES.items():
-        if parse_flag_from_env(variable) and accelerator.distributed_type != strategy:
-            raise RuntimeError(
-                f"{variable} asks for {strategy.value}, but Accelerate runs {accelerator.distributed_type.value}:"
-                " that strategy needs GPUs. Use recipes/accelerate/ddp.yaml or cpu.yaml; --fully_shard true shards the weights."
-            )
-    if accelerator.distributed_type in STRATEGIES.values():
+    strategy = accelerator.distributed_type
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and strategy != DistributedType.DEEPSPEED:
         raise RuntimeError(
-            f"Launched with {accelerator.distributed_type.value}, whose checkpoints the loop cannot write. Use"
-            " recipes/accelerate/ddp.yaml; to shard the weights, set --fully_shard true with it."
+            f"ACCELERATE_USE_DEEPSPEED asks for DEEPSPEED, but Accelerate runs {strategy.value}: that strategy needs GPUs. Use"
+            " recipes/accelerate/ddp.yaml or cpu.yaml; --fully_shard true shards the weights."
+        )
+    if strategy in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RuntimeError(
+            f"Launched with {strategy.value}, whose checkpoints the loop cannot write. Use recipes/accelerate/ddp.yaml; to"
+            " shard the weights, set --fully_shard true with it."
         )
     if fully_shard and accelerator.num_processes == 1:
         raise RuntimeError(
             "fully_shard divides the weights among several processes, but there is one. Launch more (recipes/accelerate/),"
             " or turn it off."
         )
+
+
+@contextmanager
+def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    r"""
+    Inside, no other run may enter the folder, which is made where there is none, and every rank sees the same one. The lock
+    goes with the process that holds it, however that ends. Every rank must enter.
+
+    Args:
+        folder (`Path`): A run's `output_dir`.
+        accelerator (`Accelerator`): Its ranks.
+
+    Raises:
+        `RuntimeError`: another run is at work in it, or ranks on other machines see another folder.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from accelerate import Accelerator
+    >>> from iomm_hf.training.guards import hold_folder
+    >>> with hold_folder(Path(tempfile.mkdtemp()), Accelerator(cpu=True)):
+    ...     print("mine")
+    mine
+    ```
+    """
+    lock = FileLock(folder / ".lock")
+    token, problem = f"{TEMPORARY}{uuid4().hex}", None
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+            (folder / token).touch()
+        except Timeout:
+            problem = (
+                f"Another run is at work in {folder.resolve()}. Wait for it or stop it (a killed launcher can leave its"
+                " processes behind: look for them), or choose another output_dir."
+            )
+    try:
+        token, problem = broadcast_object_list([token, problem])
+        if problem is not None:
+            raise RuntimeError(problem)
+        blind = [rank for rank, sees in enumerate(gather_object([(folder / token).exists()])) if not sees]
+        if accelerator.is_main_process:
+            (folder / token).unlink()
+        if blind:
+            raise RuntimeError(
+                f"output_dir must be shared by all machines: what the first rank wrote in {folder}, ranks {blind} do not see"
+                " there. Give the whole path of a folder that every machine mounts."
+            )
+        yield
+    finally:
+        lock.release()
 
 
 class StopSignals:

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from ..data.buckets import BucketedStream, bucket_sizes
 from ..data.collate import IOMMCollator, sample_seed
+from ..data.sources import SourceConfig, hub_commits, pinned
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
 from ..evaluation.shapes import benchmark_plan, score_pictures
@@ -57,7 +58,15 @@ from .checkpoints import (
     write_json,
 )
 from .config import LoraTrainingConfig, TrainingConfig, changed_settings
-from .guards import NonFiniteGuard, SpikeGuard, StopSignals, check_strategy, leave_signals_to_main
+from .guards import (
+    NonFiniteGuard,
+    SpikeGuard,
+    StopSignals,
+    check_strategy,
+    hold_folder,
+    leave_signals_to_main,
+    take_over_fsdp,
+)
 from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule
@@ -82,12 +91,14 @@ def train(config: TrainingConfig) -> Path:
 
     Raises:
         `ValueError`: settings that do not fit, or that differ from those of the run to resume.
-        `RuntimeError`: the run is not distributed as the launcher asked.
+        `RuntimeError`: the run is not distributed as the launcher asked; another run is at work in the folder, or not all ranks
+            see it.
         `FloatingPointError`: too many updates in a row were not finite, or the loss leapt.
         `OSError`: a checkpoint could not be written.
         `SystemExit`: SIGTERM or SIGINT asked it to stop; it has written a checkpoint and exits with 0.
     """
     output_dir = Path(config.output_dir)
+    take_over_fsdp(config.fully_shard)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation,
         mixed_precision=config.mixed_precision,
@@ -97,18 +108,35 @@ def train(config: TrainingConfig) -> Path:
     )
     check_strategy(accelerator, config.fully_shard)
     set_seed(config.seed)
+    with hold_folder(output_dir, accelerator):
+        return run(config, output_dir, accelerator)
+
+
+def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path:
+    """[`train`] in a folder of its own."""
     checkpoint = open_run(config, output_dir, accelerator)
+    record = output_dir / "run.json"
+    opened = config.image_sources if config.mix_ratio > 0 else []
+    opened = opened + config.paired_sources if config.mix_ratio < 1 else opened
+    commits = data_commits(opened, None if checkpoint is None else record, accelerator)
+    running = software()
 
     # 1. Parts
     if checkpoint is None:
         pipeline = build_once(lambda: build_pipeline(config), accelerator)
         if accelerator.is_main_process:
-            start = {**software(), "config": config.to_dict(), "frozen": frozen_references(pipeline)}
+            start = {
+                **running,
+                "config": config.to_dict(),
+                "frozen": frozen_references(pipeline),
+                "data": commits,
+                "resumed": [],
+            }
             if isinstance(config, LoraTrainingConfig):
                 start["base_hash"] = hash_weights(pipeline)
-            write_json(output_dir / "run.json", start)
+            write_json(record, start)
     elif isinstance(config, LoraTrainingConfig):
-        pipeline = build_once(lambda: reload_base(config, output_dir / "run.json"), accelerator)
+        pipeline = build_once(lambda: reload_base(config, record), accelerator)
     else:
         pipeline = build_once(lambda: IOMMPipeline.from_pretrained(checkpoint, dtype=torch.float32), accelerator)
     resolution = config.resolution or pipeline.resolution
@@ -118,8 +146,8 @@ def train(config: TrainingConfig) -> Path:
 
     # 2. Data: every rank reads its own share, so Accelerate need not split or dispatch.
     stream = build_stream(
-        config.image_sources,
-        config.paired_sources,
+        [pinned(source, commits) for source in config.image_sources],
+        [pinned(source, commits) for source in config.paired_sources],
         config.mix_ratio,
         seed=config.seed,
         block_size=config.shuffle_block,
@@ -144,6 +172,7 @@ def train(config: TrainingConfig) -> Path:
     )
 
     # 3. What trains
+    assert config.preset is not None  # filled in by the settings
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
     sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
     if config.mixed_precision == "bf16":
@@ -199,6 +228,8 @@ def train(config: TrainingConfig) -> Path:
             scheduler.load_state_dict(state)
         step, skipped, recent = trainer_state["step"], Counter(rank_state["skipped"]), rank_state["recent"]
         logger.info("Resuming from %s", checkpoint)
+        if accelerator.is_main_process:
+            note_resumption(record, step, trainer_state.get("software"), running)
     if accelerator.is_main_process:
         keep_log_until(output_dir / "log.jsonl", step)
     accelerator.wait_for_everyone()
@@ -210,7 +241,7 @@ def train(config: TrainingConfig) -> Path:
         initial=step, total=config.max_steps, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
     )
     batches = iter(loader)
-    sources = [f"{i}: {source.source.path}" for i, source in enumerate(stream.streams)]
+    sources = [f"{i}: {source.path}" for i, source in enumerate(opened)]
     logged = step
     not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite)
     spikes = SpikeGuard(config.max_loss_ratio, logged_losses(output_dir / "log.jsonl"))
@@ -275,6 +306,7 @@ def train(config: TrainingConfig) -> Path:
                     "num_processes": accelerator.num_processes,
                     "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "config": config.to_dict(),
+                    "software": running,
                 }
                 rank_state = {"loader": loader.state_dict(), "skipped": skipped, "recent": recent}
                 path = output_dir / checkpoint_name(step)
@@ -287,9 +319,7 @@ def train(config: TrainingConfig) -> Path:
         accelerator.free_memory(wrapped)
         accelerator.end_training()
         if accelerator.is_main_process:
-            print(
-                f"Stopped by {signal} after step {step}, whose checkpoint is written. To go on: {shlex.join(sys.argv)}"
-            )
+            print(f"Stopped by {signal} after step {step}, whose checkpoint is written. {how_to_go_on(accelerator)}")
         raise SystemExit(0)
 
     # 6. The result: whole in itself, but for frozen parts that the Hub holds; or a LoRA
@@ -309,6 +339,14 @@ def train(config: TrainingConfig) -> Path:
     (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
     return final
+
+
+def how_to_go_on(accelerator: Accelerator) -> str:
+    """What a person types to resume; a process does not know the launcher's flags."""
+    if accelerator.num_processes == 1:
+        return f"To go on: {shlex.join(sys.orig_argv)}"
+    number, command = accelerator.num_processes, shlex.join(sys.argv)
+    return f"To go on, start it again with the same launcher and {number} processes: {command}"
 
 
 def update(
@@ -367,19 +405,19 @@ def attention_kernel(device: torch.device, mixed_precision: str) -> AbstractCont
 
 
 def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """Prepares the run's folder; returns the checkpoint to resume from.
+    """Tidies the run's folder; returns the checkpoint to resume from, which the first rank finds for all.
 
     Raises:
         `ValueError`: the folder holds a run with other settings, or one that may not be resumed.
     """
+    name: str | None = None
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
-    accelerator.wait_for_everyone()
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+        name = max((path.name for path in list_checkpoints(output_dir)), default=None)
+    [name] = broadcast_object_list([name])
+    if name is None:
         return None
-    newest = checkpoints[-1]
+    newest = output_dir / name
     if not config.resume:
         raise ValueError(f"{output_dir} holds {newest.name}; resume it (--resume true) or choose another output_dir.")
     saved = json.loads((newest / "state" / "trainer.json").read_text())["config"]
@@ -393,6 +431,35 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
     return newest
 
 
+def data_commits(sources: list[SourceConfig], record: Path | None, accelerator: Accelerator) -> dict[str, str]:
+    """The commits at which the run reads data on the Hub: those that its record names, otherwise where it stands now."""
+    commits: dict[str, str] | None = None
+    if accelerator.is_main_process:
+        if record is not None and record.exists():
+            commits = json.loads(record.read_text()).get("data")
+        if commits is None:
+            commits = hub_commits(sources)
+    [commits] = broadcast_object_list([commits])
+    return commits
+
+
+def note_resumption(record: Path, step: int, before: dict[str, Any] | None, now: dict[str, Any]):
+    """Adds a part to the run's record, and warns if it does not run on what wrote the checkpoint."""
+    content = json.loads(record.read_text()) if record.exists() else {}
+    content.setdefault("resumed", []).append({"step": step, **now})
+    write_json(record, content)
+    if before is None:  # an earlier version kept no account of it
+        return
+    old, new = ({**part["versions"], "commit": part["commit"]} for part in (before, now))
+    changes = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+    if changes:
+        logger.warning(
+            "Resuming on other software than wrote the checkpoint: %s. The run may not end bit for bit where an unbroken"
+            " one ends.",
+            ", ".join(changes),
+        )
+
+
 def caption_room(pipeline: IOMMPipeline) -> int:
     """Tokens that a caption may take beside its wording and the queries."""
     wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
@@ -401,12 +468,20 @@ def caption_room(pipeline: IOMMPipeline) -> int:
 
 
 def keep_log_until(path: Path, step: int):
-    """Drops the log's lines behind `step`: a resumed run writes them again."""
-    rows = (
-        [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
-    )
+    """Drops the log's lines behind `step`, which a resumed run writes again, and a last line that a full disk cut short."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+            break
+        if row["step"] <= step:
+            kept.append(line)
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text("".join(row + "\n" for row in rows))
+    temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
 
 
@@ -493,7 +568,8 @@ def evaluate(
     """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`.
     Every rank draws them, as for validation."""
     best = output_dir / "best"
-    record = json.loads((best / "score.json").read_text())["overall"] if best.exists() else -1.0
+    score = best / "score.json"
+    record = json.loads(score.read_text())["overall"] if score.is_file() else -1.0  # an older version could halve it
     row: dict[str, Any] = {}
     plan = benchmark_plan(pictures_per_task=config.eval_pictures)
     pipeline.text_encoder.eval()

@@ -117,6 +117,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         pin_frozen(pipeline, Path(config.output_dir) / "frozen")
         return pipeline
 
+    assert config.preset is not None  # filled in by the settings
     preset = get_preset(config.preset)
     parts = load_frozen_parts(
         preset, config.mllm, config.vae, config.vae_subfolder, config.mllm_revision, config.vae_revision

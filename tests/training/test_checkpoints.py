@@ -1,0 +1,59 @@
+"""Folders and files are there whole or not at all, whenever a run is killed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from iomm_hf.training.checkpoints import remove_leftovers, whole_folder, write_json
+
+
+def write_whole(path: Path, content: str):
+    with whole_folder(path, Accelerator(cpu=True)) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(content)
+
+
+def contents(path: Path) -> list[str]:
+    return [file.read_text() for file in sorted(path.iterdir())]
+
+
+def test_what_a_killed_run_was_writing_is_deleted(tmp_path):
+    write_json(tmp_path / "run.json", {})
+    (tmp_path / ".writing-log.jsonl").write_text('{"step": 1')
+    (tmp_path / ".writing-checkpoint-00000002").mkdir()
+    (tmp_path / ".writing-checkpoint-00000002" / "model").touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call", "left"),
+    [
+        (Path, "rename", 1, "old"),  # before the old folder is moved
+        (Path, "rename", 2, "old"),  # between the two moves
+        (shutil, "rmtree", 3, "new"),  # while the old one is deleted; the first two calls clear the way
+    ],
+)
+def test_one_of_two_folders_is_whole_at_any_moment(tmp_path, monkeypatch, module, function, call, left):
+    write_whole(tmp_path / "best", "old")
+    original, calls = getattr(module, function), []
+
+    def killed(path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == call:
+            if function == "rmtree":
+                (path / "a").unlink()
+            raise KeyboardInterrupt
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(module, function, killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "best", "new")
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert contents(tmp_path / "best") == [left, left]
+    write_whole(tmp_path / "best", "newer")
+    assert contents(tmp_path / "best") == ["newer", "newer"] and len(list(tmp_path.iterdir())) == 1
