@@ -191,9 +191,8 @@ class Details:
         that failed on one rank does not undo another's answer."""
         lines: dict[str, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("details-*.jsonl")):
-            for content in file.read_bytes().split(
-                b"\n"
-            ):  # str.splitlines would also part lines at U+2028, which JSON holds raw
+            # str.splitlines would also part lines at U+2028, which JSON holds raw.
+            for content in file.read_bytes().split(b"\n"):
                 try:
                     line = json.loads(content.decode())
                 except ValueError:  # not JSON, or cut inside a character
