@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 
-from ..data.images import BadImage, load_image, resize_and_crop
+from ..data.images import FORMATS, BadImage, load_image, resize_and_crop
 from ..data.shapes import COLORS, corpus_scene, render
 from . import model
 
@@ -89,21 +90,23 @@ def told() -> Iterator[None]:
     try:
         yield
     except BadImage as error:
-        raise gr.Error(
-            f"That picture cannot be used: {error.message}.", title="Sorry", print_exception=False
-        ) from None
+        # An unknown format's message ends in the file's first bytes, which are for logs.
+        why = f"expected one of {', '.join(FORMATS)}" if error.reason == "unknown_format" else error.message
+        raise gr.Error(f"That picture cannot be used: {why}.", title="Sorry", print_exception=False) from None
     except ValueError as error:
         raise gr.Error(str(error), title="Sorry", print_exception=False) from None
 
 
 def read_upload(upload: dict[str, Any] | None) -> Image.Image:
-    """A visitor's file, upright and in RGB. Events that take one have `preprocess=False`: Gradio hands over a path inside
-    its upload folder, and no decoder but ours sees the bytes."""
+    """A visitor's file, upright and in RGB. Events that take one have `preprocess=False`, so no decoder but ours sees the
+    bytes; and Gradio checks the paths of only those uploads that call themselves its own, so all are checked here."""
     if not upload:
         raise ValueError("Give a picture first: upload one, or click at an example.")
-    if not upload.get("path"):
+    if not isinstance(upload, dict) or not isinstance(upload.get("path"), str) or not upload["path"]:
         raise ValueError("Send the picture as a file, not as a data URL.")
-    path = Path(upload["path"])
+    path = Path(upload["path"]).resolve()
+    if not (path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()):
+        raise ValueError("That file was not uploaded here, or was deleted since. Upload the picture again.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"That file is larger than {MAX_BYTES // 1024**2} MB.")
     return load_image(path.read_bytes(), max_pixels=MAX_PIXELS)
