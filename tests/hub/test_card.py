@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
-from iomm_hf.hub.card import COMPONENTS, Sample, write_card
+from iomm_hf.hub.card import COMPONENTS, Sample, describe_sources, write_card
 from iomm_hf.modeling_iomm import hash_weight_files
 
 
@@ -108,3 +108,25 @@ def test_what_is_not_this_checkpoints_whole_result_stays_out(folder, pipeline, t
     change(content)
     with pytest.raises((OSError, ValueError), match=message):
         card(folder, pipeline, tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        ("org/pictures", True),
+        ("hf://datasets/org/pictures@main/*.parquet", True),
+        ("https://example.org/a.tar", True),
+        ("/home/me/secret/*.tar", False),
+        ("../secret", False),
+        ("file:///home/me/*.tar", False),
+        ("s3://me/secret.tar", False),
+        ("https://me:pw@example.org/a.tar", False),
+        ("https://example.org/a.tar?key=secret", False),
+        ("https://example.org/a.zip::file:///home/me", False),
+    ],
+)
+def test_only_public_addresses_of_data_are_named(path, public):
+    name = f"`{path}`" if public else "files of the trainer's own"
+    sentence, datasets = describe_sources({"images": [path], "pairs": [{"path": path}]})
+    assert sentence == f"Pictures without text: {name}. Pairs of picture and text: {name}."
+    assert datasets == (["org/pictures"] if path.startswith("hf://") else [])
