@@ -1,6 +1,7 @@
 """The page from outside: its API through gradio_client, its tools through MCP, and files that visitors should not send."""
 
 import asyncio
+import base64
 import json
 import struct
 import zlib
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from gradio.route_utils import delete_files_created_by_app
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
@@ -179,6 +181,42 @@ def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, http, pag
     delete_files_created_by_app(page, 0)
     kept = {Path(name) for block in page.blocks.values() for name in getattr(block, "keep_in_cache", ())}
     assert not any(file.exists() for file in files - kept) and Path(upload) not in kept
+
+
+def test_pictures_sent_over_mcp_are_deleted_too_and_examples_are_not(address, api, page, photo):
+    Image.fromarray(np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photo)  # like no other
+    sent = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+
+    async def ask():
+        async with (
+            streamable_http_client(f"{address}gradio_api/mcp/") as streams,
+            ClientSession(streams[0], streams[1]) as session,
+        ):
+            await session.initialize()
+            return await session.call_tool("ask", {"picture": sent, "question": "What is it?"})
+
+    assert not asyncio.run(ask()).isError
+    arrived = [file for file in Path(get_upload_folder()).rglob("*.png") if file.read_bytes() == photo.read_bytes()]
+    kept = {Path(name) for block in page.blocks.values() for name in getattr(block, "keep_in_cache", ())}
+    delete_files_created_by_app(page, 0)
+    app.delete_sent_over_mcp(app.KEPT_SECONDS)
+    assert any(file.exists() for file in arrived)  # not yet
+    app.delete_sent_over_mcp(0)
+    assert not any(file.exists() for file in arrived) and kept and all(file.exists() for file in kept)
+
+
+def test_a_served_page_deletes_by_age(uploads, monkeypatch):
+    monkeypatch.setattr(app, "KEPT_SECONDS", 0.03)
+    (uploads / "hash").mkdir()
+    for name in ("file.png", "photo.png"):
+        (uploads / "hash" / name).write_bytes(b"sent")
+
+    async def serve():
+        async with app.launch_options()["app_kwargs"]["lifespan"](None):
+            await asyncio.sleep(1)
+
+    asyncio.run(serve())
+    assert [file.name for file in (uploads / "hash").iterdir()] == ["photo.png"]
 
 
 def test_nothing_is_kept_and_nothing_phones_home(http):

@@ -4,8 +4,10 @@ Functions with an `api_name` are what others call, so they take and give plain t
 the next picture, the slider of before and after) hangs on events of its own, which are private.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,31 @@ def read_upload(upload: dict[str, Any] | None) -> Image.Image:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"That file is larger than {MAX_BYTES // 1024**2} MB.")
     return load_image(path.read_bytes(), max_pixels=MAX_PIXELS)
+
+
+def delete_sent_over_mcp(age: float):
+    """Deletes pictures that came over MCP as data URLs longer ago than `age` seconds: these alone Gradio would keep for ever.
+    It writes them as `file.png` and the like, and hands on a copy that it deletes as other uploads."""
+    for file in Path(get_upload_folder()).glob("*/file*"):
+        with suppress(FileNotFoundError):  # Gradio, or another page of this machine, was faster
+            if file.stem == "file" and time.time() - file.lstat().st_ctime > age:
+                file.unlink()
+
+
+@asynccontextmanager
+async def sweeping(_: Any) -> AsyncIterator[None]:
+    """While the page is served: deletes by age, now and then, as Gradio does."""
+
+    async def sweep():
+        while True:
+            await asyncio.sleep(KEPT_SECONDS / 3)
+            await asyncio.to_thread(delete_sent_over_mcp, KEPT_SECONDS)
+
+    task = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def whole(name: str, value: Any) -> int:
@@ -530,6 +557,7 @@ def launch_options() -> dict[str, Any]:
         "theme": theme,
         "css_paths": [HERE / "page.css"],
         "max_file_size": MAX_BYTES,
+        "app_kwargs": {"lifespan": sweeping},
         "mcp_server": find_spec("mcp") is not None,
         "run_history": False,
         "footer_links": ["api", "gradio"],
