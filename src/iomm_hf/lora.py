@@ -147,7 +147,9 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
 
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        models = [model for model in (getattr(self, name) for name in self._lora_loadable_modules) if model is not None]
+        models = [
+            model for model in (getattr(self, name) for name in self._lora_loadable_modules) if model is not None
+        ]
         layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
         active = [(layer, list(layer.active_adapters)) for layer in layers]
         try:
