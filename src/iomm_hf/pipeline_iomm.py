@@ -8,6 +8,7 @@ and decodes.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -256,6 +257,14 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         sigmas: list[float] | None = None,
     ):
         """Refuses what cannot be drawn, with the value and what would do."""
+        for name, value in (
+            ("height", height),
+            ("width", width),
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
         multiple = self.size_multiple
         if height % multiple or width % multiple or height <= 0 or width <= 0:
             raise ValueError(f"height and width must be positive multiples of {multiple}, got {height} and {width}.")
@@ -465,8 +474,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         references = as_picture_lists(image)
-        height = height or self.resolution
-        width = width or self.resolution
+        height = self.resolution if height is None else height
+        width = self.resolution if width is None else width
         self.check_inputs(
             prompt,
             references,
@@ -677,9 +686,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             )
         # Offloading moves the encoder where its `forward` is called; `generate` is another door.
         generate = apply_forward_hook(type(self.text_encoder).generate)
-        answers = generate(
-            self.text_encoder, **inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
-        )
+        registry = getattr(self.text_encoder, "_diffusers_hook", None)
+        group_offload = None if registry is None else registry.get_hook("group_offloading")
+        options = {**inputs, "do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
+        if group_offload is not None:
+            _, options = group_offload.pre_forward(self.text_encoder, **options)
+        try:
+            answers = generate(self.text_encoder, **options)
+        finally:
+            if group_offload is not None:
+                group_offload.post_forward(self.text_encoder, None)
         self.maybe_free_model_hooks()
         texts = self.processor.tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
         texts = [text.strip() for text in texts]
@@ -870,6 +886,8 @@ def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:
                     "`image` must be a PIL image, an array, a tensor, or a list with a PIL image, a list of them or"
                     f" None for each prompt, got {type(picture).__name__}."
                 )
+            if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+                raise ValueError("`image` holds a picture of mode F with values that are NaN or infinite.")
             if 0 in picture.size:
                 raise ValueError(f"`image` holds a picture of {picture.width}x{picture.height} pixels: it is empty.")
         lists.append(pictures)
