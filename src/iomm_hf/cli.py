@@ -77,6 +77,8 @@ def estimate(
     except ValueError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    finally:
+        logging.disable(logging.NOTSET)
     if as_json:
         typer.echo(json.dumps(asdict(cost), indent=2))
         return

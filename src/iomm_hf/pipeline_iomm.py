@@ -257,14 +257,14 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         sigmas: list[float] | None = None,
     ):
         """Refuses what cannot be drawn, with the value and what would do."""
-        for name, value in (
+        for name, number in (
             ("height", height),
             ("width", width),
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_prompt", num_images_per_prompt),
         ):
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            if not isinstance(number, Integral) or isinstance(number, bool):
+                raise ValueError(f"{name} must be a whole number, got {number!r}.")
         multiple = self.size_multiple
         if height % multiple or width % multiple or height <= 0 or width <= 0:
             raise ValueError(f"height and width must be positive multiples of {multiple}, got {height} and {width}.")
