@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.cli import app
 from iomm_hf.evaluation.benchmarks import PROMPTS
+from iomm_hf.hub.card import COMPONENTS
 from iomm_hf.testing.judge_server import LocalJudge
 
 
 DPG_PROMPTS = PROMPTS / "dpg.jsonl"
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
 def run(*arguments: str, command: str = "estimate"):
@@ -136,6 +138,7 @@ def test_pictures_are_not_replaced_unasked_and_leave_nothing_half_written(tmp_pa
         (["generate", "a", "--checkpoint", "nobody/nothing"], "nobody/nothing"),
         (["generate", "a", "--num-images", "0"], "num_images_per_prompt must be at least 1, got 0"),
         (["generate", "a", "--device", "abacus"], "--device abacus"),
+        pytest.param(["generate", "a", "--device", "cuda"], "--device cuda", marks=WITHOUT_CUDA),
         (["edit", "missing.png", "make it blue"], "missing.png"),
         (["edit", "text.png", "make it blue"], "text.png: unknown_format"),
         (["ask", "text.png"], "text.png: unknown_format"),
@@ -241,6 +244,23 @@ def test_demo_without_gradio_names_the_extra(monkeypatch):
 
 
 def test_demo_refuses_what_it_cannot_show():
-    for option, value in (("--checkpoint", "nobody/nothing"), ("--device", "abacus")):
+    missing = "abacus" if torch.cuda.is_available() else "cuda"
+    for option, value in (("--checkpoint", "nobody/nothing"), ("--device", missing)):
         done = run(option, value, command="demo")
         assert done.exit_code == 2 and value in done.stderr and done.stderr.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["publish", "publish-space"])
+def test_publishing_without_the_hub_ends_with_two_and_one_line(command, tmp_path):
+    arguments = [command, "me/demo", "--output", str(tmp_path / "written")]
+    if command == "publish":
+        arguments.insert(1, str(shipped_model()))
+        arguments += ["--steps", "1", *(f"--licence={part}=apache-2.0" for part in COMPONENTS)]
+    # Read when the Hub's client is imported, so by a process of its own.
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_nobody"}
+    done = subprocess.run(
+        [sys.executable, "-m", "iomm_hf", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Error: the Hub was not reached")

@@ -291,6 +291,20 @@ def test_asking_brings_the_offloaded_encoder_in(pipe, flux):
     assert moved[0] is offloaded.text_encoder
 
 
+def test_asking_brings_the_group_offloaded_encoder_in_and_out(pipe, flux):
+    offloaded = tiny_pipeline(flux)
+    offloaded.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    )
+    group, moved = offloaded.text_encoder._diffusers_hook.get_hook("group_offloading").group, []
+    for name in ("onload_", "offload_"):
+        plain = getattr(group, name)
+        setattr(group, name, lambda plain=plain, name=name: moved.append(name) or plain())
+    answer = offloaded.ask(Image.new("RGB", (64, 64)), "What is it?", max_new_tokens=4)
+    assert moved == ["onload_", "offload_"]
+    assert answer == pipe.ask(Image.new("RGB", (64, 64)), "What is it?", max_new_tokens=4)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "balanced"])
 def test_device_maps(pipe, device_map, tmp_path):
     pipe.save_pretrained(tmp_path)

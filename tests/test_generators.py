@@ -206,3 +206,14 @@ def test_what_does_not_fit_is_refused(inputs, tiny_flux):
     for model, rows in ((tiny_flux, 15), (tiny_transformer(), 14)):
         with pytest.raises(ValueError, match=f"{rows}x12"):
             predict_velocity(model, latents[:, :, :rows], timestep, condition)
+
+
+@torch.no_grad()
+def test_z_image_draws_up_to_its_axes_and_refuses_more():
+    model, timestep = tiny_z_image(), torch.tensor([0.5])
+    for height, rows in ((128, 9), (2, 96)):
+        latents = torch.randn(1, 4, height, 2)
+        assert predict_velocity(model, latents, timestep, torch.randn(1, rows, 128)).shape == latents.shape
+    for height, rows in ((130, 9), (2, 97)):
+        with pytest.raises(ValueError, match=f"{height}x2 and {rows} rows .*axes_lens=.128, 64, 64."):
+            predict_velocity(model, torch.randn(1, 4, height, 2), timestep, torch.randn(1, rows, 128))

@@ -230,6 +230,25 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(folder, tmp_path):
         pipe.load_lora_weights(folder / "generator", adapter_name="both")
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("before", [False, True])
+def test_one_that_does_not_fit_leaves_nothing_behind(folder, part, before):
+    pipe = make_pipe()
+    if before:
+        pipe.load_lora_weights(folder / "both", adapter_name="good")
+        pipe.set_adapters("good", 0.5)
+    expected, loaded, active = draw(pipe), pipe.get_list_adapters(), pipe.get_active_adapters()
+    wide = load_file(folder / "both" / FILE)
+    key = next(key for key in wide if key.startswith(part) and ".lora_A." in key)
+    wide[key] = torch.zeros(4, 7)
+    with pytest.raises(ValueError, match="does not fit the pipeline and was not loaded"):
+        pipe.load_lora_weights(wide, adapter_name="bad")
+    assert torch.equal(draw(pipe), expected) and pipe.get_active_adapters() == active
+    assert {name: names for name, names in pipe.get_list_adapters().items() if names} == loaded
+    pipe.load_lora_weights(folder / "both", adapter_name="bad")  # the name is free
+    assert not torch.equal(draw(pipe), expected)
+
+
 def test_the_file_is_the_same_in_every_process_and_names_no_path(folder):
     with safe_open(folder / "both" / FILE, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])

@@ -11,13 +11,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    PipelineQuantizationConfig,
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from transformers import QuantoConfig
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.data.shapes_chat import DESCRIBE
-from iomm_hf.modeling_iomm import hash_weight_files
+from iomm_hf.modeling_iomm import IOMMConditionEncoder, hash_weight_files
 from iomm_hf.pipeline_iomm import decode_latents, draw_latents, guide, join_conditions
 from iomm_hf.tiny import tiny_pipeline
 
@@ -291,6 +293,33 @@ def test_frozen_parts_left_out_come_back_from_their_references(pipe, tmp_path):
     pipe.text_encoder.config.mllm_name_or_path = pipe.text_encoder.config.mllm_hash = None
 
 
+def test_references_are_fetched_as_the_pipeline_is(pipe, tmp_path):
+    commit, cache = "c0ffee" + 34 * "0", tmp_path / "cache"  # in the layout of the Hub's cache
+    for name, part in (("mllm", pipe.text_encoder.mllm), ("vae", pipe.vae)):
+        part.save_pretrained(cache / f"models--user--{name}" / "snapshots" / commit)
+        (cache / f"models--user--{name}" / "refs").mkdir()
+        (cache / f"models--user--{name}" / "refs" / "main").write_text(commit)
+    referring = IOMMPipeline(**pipe.components, vae_name_or_path="user/vae")
+    referring.text_encoder.config.mllm_name_or_path = "user/mllm"
+    referring.save_pretrained(tmp_path / "light", include_frozen=False)
+    pipe.text_encoder.config.mllm_name_or_path = None
+
+    loaded = IOMMPipeline.from_pretrained(tmp_path / "light", cache_dir=cache, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, "a star"), draw(pipe, "a star"))
+    with pytest.raises(OSError, match="The frozen weights 'user/mllm'"):
+        IOMMPipeline.from_pretrained(
+            tmp_path / "light", vae=pipe.vae, cache_dir=tmp_path / "empty", local_files_only=True
+        )
+
+    quantization = PipelineQuantizationConfig(quant_mapping={"text_encoder": QuantoConfig("int8")})
+    for option in ({"device_map": "balanced"}, {"quantization_config": quantization}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} would not reach text_encoder and vae"):
+            IOMMPipeline.from_pretrained(tmp_path / "light", **option)
+    with pytest.raises(ValueError, match="device_map would not reach the MLLM"):
+        IOMMConditionEncoder.from_pretrained(tmp_path / "light/text_encoder", device_map="cpu")
+
+
 def test_understanding_answers_through_the_same_encoder(pipe, images):
     question = pipe.processor.encode([pipe.processor.understand("What is it?", images[0])])
     answer = pipe.text_encoder.generate(**question, max_new_tokens=4, do_sample=False)
@@ -338,6 +367,9 @@ def test_bad_questions_are_refused_with_the_value(pipe, arguments, message):
         ({}, "Give a `prompt`"),
         ({"prompt": "a", "height": 60}, "multiples of 16, got 60 and 64"),
         ({"prompt": "a", "width": -64}, "got 64 and -64"),
+        ({"prompt": "a", "height": 0}, "multiples of 16, got 0 and 64"),
+        ({"prompt": "a", "width": 64.0}, "width must be a whole number, got 64.0"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
         ({"prompt": "a", "num_inference_steps": 0}, "got 0"),
         ({"prompt": 5}, "must be a str .*got 5"),
         ({"prompt": []}, r"got \[\]"),
@@ -355,6 +387,7 @@ def test_bad_questions_are_refused_with_the_value(pipe, arguments, message):
         ({"prompt": ["a", None], "image": [Image.new("RGB", (8, 8)), None]}, "both missing for entry 1"),
         ({"prompt": "a", "image": []}, "an empty list"),
         ({"prompt": "a", "image": Image.new("RGB", (0, 8))}, "0x8 pixels"),
+        ({"image": Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32))}, "mode F with values that are NaN"),
         ({"prompt": "a", "image": [Image.new("RGB", (8, 8))] * 2}, "a list in the list"),
         ({"image": [Image.new("RGB", (8, 8)), None]}, "must hold a picture"),
         ({"image": np.full((1, 8, 8, 3), np.nan)}, "got values from nan"),

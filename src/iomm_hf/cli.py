@@ -341,11 +341,17 @@ def ask(
 @contextmanager
 def refusals():
     """One line and exit code 2 for what the caller gave; libraries' warnings stay out of the way."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    unreached = HfHubHTTPError.__bases__[0]  # what the Hub's client, of whichever library, raises without an answer
     logging.disable(logging.WARNING)
     try:
         yield
     except (ValueError, OSError, ImportError) as error:  # ImportError: an extra that is not installed, by name
         typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except unreached as error:
+        typer.echo(f"Error: the Hub was not reached: {error}. Check the connection and HF_ENDPOINT.", err=True)
         raise typer.Exit(2) from None
     finally:
         logging.disable(logging.NOTSET)
@@ -370,7 +376,7 @@ def load_pipeline(checkpoint: str | None, device: str | None) -> "IOMMPipeline":
         raise ValueError(f"--checkpoint {checkpoint}: {error}") from error
     try:
         pipe = pipe.to(device)
-    except RuntimeError as error:  # torch's for a device that it does not know
+    except (RuntimeError, AssertionError) as error:  # torch's for devices that it does not know or was built without
         raise ValueError(f"--device {device}: {error}") from error
     pipe.set_progress_bar_config(disable=None)  # none where nobody watches
     return pipe
@@ -512,7 +518,7 @@ def publish(
     from .hub.publish import PROMPTS
     from .hub.publish import publish as publish_checkpoint
 
-    try:
+    with refusals():
         wrong = [text for text in licence if "=" not in text]
         if wrong:
             raise ValueError(f"--licence takes PART=LICENCE, such as mllm=apache-2.0, got {wrong[0]!r}.")
@@ -534,9 +540,6 @@ def publish(
             cost=cost,
             limits=limits,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     report_published(done, as_json, "it loads and draws as before")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.utils.torch_utils import is_compiled_module
 
 
@@ -87,7 +88,7 @@ def predict_velocity(
 
     Raises:
         `TypeError`: another class of transformer.
-        `ValueError`: latents that cannot be cut into whole tokens.
+        `ValueError`: latents that cannot be cut into whole tokens, or more positions than a Z-Image transformer has.
     """
     model = unwrap(transformer)
     multiple = latent_multiple(model, latents.shape[1])
@@ -144,13 +145,22 @@ def z_image_velocity(transformer, latents, timestep, condition, condition_mask, 
     conditions = (
         list(condition) if condition_mask is None else [c[m] for c, m in zip(condition, condition_mask, strict=True)]
     )
+    config = unwrap(transformer).config
+    # Of positions: the condition's rows from 1 on, padded to multiples of 32, the image after them; its rows; its columns.
+    rows = -(-max(map(len, conditions)) // SEQ_MULTI_OF) * SEQ_MULTI_OF + 2
+    sides = [side // config.all_patch_size[0] for side in latents.shape[2:]]
+    if any(needed > length for needed, length in zip([rows, *sides], config.axes_lens, strict=True)):
+        raise ValueError(
+            f"Latents of {latents.shape[2]}x{latents.shape[3]} and {max(map(len, conditions))} rows of condition need"
+            f" positions {[rows, *sides]}, this generator has axes_lens={list(config.axes_lens)}. Draw smaller or say less."
+        )
     velocity = transformer(
         list(latents.unsqueeze(2)),
         1 - timestep,
         conditions,
         joint_attention_kwargs=attention_kwargs,
-        patch_size=unwrap(transformer).config.all_patch_size[0],
-        f_patch_size=unwrap(transformer).config.all_f_patch_size[0],
+        patch_size=config.all_patch_size[0],
+        f_patch_size=config.all_f_patch_size[0],
         return_dict=False,
     )[0]
     return -torch.stack(velocity).squeeze(2)

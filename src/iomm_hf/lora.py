@@ -145,6 +145,25 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
         elif adapter_name in taken and not hotswap:
             raise ValueError(f"The name {adapter_name!r} is taken; those in use are {sorted(taken)}.")
 
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        models = [
+            model for model in (getattr(self, name) for name in self._lora_loadable_modules) if model is not None
+        ]
+        layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        active = [(layer, list(layer.active_adapters)) for layer in layers]
+        try:
+            self._load_into_parts(state_dict, metadata, adapter_name, hotswap)
+            # Otherwise a part that this LoRA leaves alone would keep another one active.
+            self.set_adapters([adapter_name])
+        except (RuntimeError, ValueError, KeyError) as error:  # of peft and torch, for other widths and layers
+            if adapter_name not in taken:
+                self.delete_adapters([adapter_name])  # what is there of it is half random
+                for layer, names in active:
+                    layer.set_adapter(names)
+            raise ValueError(f"This LoRA does not fit the pipeline and was not loaded: {error}") from error
+
+    def _load_into_parts(self, state_dict: dict[str, torch.Tensor], metadata: Any, adapter_name: str, hotswap: bool):
         for component in self._lora_loadable_modules:
             prefix = f"{component}."
             if not any(key.startswith(prefix) for key in state_dict):
@@ -172,8 +191,6 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
                     low_cpu_mem_usage=not hotswap,  # does not draw weights, from the global generator, to throw them away
                     _pipeline=self,
                 )
-        # Otherwise a part that this LoRA leaves alone would keep another one active.
-        self.set_adapters([adapter_name])
 
     def lora_layers(self, adapter_name: str = "default") -> dict[str, Any]:
         r"""

@@ -267,6 +267,12 @@ def hash_weight_files(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` was told of the Hub and holds for every repository, so not its `revision`."""
+    names = ("cache_dir", "force_download", "local_files_only", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
 def resolve_frozen(name_or_path: str, revision: str | None, subfolder: str | None = None, **hub_kwargs) -> Path:
     r"""
     The folder that holds frozen weights, downloaded first if `name_or_path` is a Hub id.
@@ -625,6 +631,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         that is found nowhere is an error, never a random one.
 
         Raises:
+            `ValueError`: `device_map` or `quantization_config` for an MLLM that comes from its reference.
             `OSError`: the checkpoint is incomplete, its MLLM is not found, or is not the one it was trained with.
         """
         # transformers would call a left-out MLLM newly initialised; what is missing raises below. A filter and not a level:
@@ -650,19 +657,25 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                     f"{pretrained_model_name_or_path} is incomplete: {len(missing)} weights are missing, such as"
                     f" {sorted(missing)[:3]}. Was it copied or downloaded whole?"
                 )
-            model._load_frozen()
+            given = [name for name in ("device_map", "quantization_config") if kwargs.get(name) is not None]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} would not reach the MLLM, to which {pretrained_model_name_or_path} only refers."
+                    " Load it plainly, save it whole with save_pretrained, and load that."
+                )
+            model._load_frozen(**hub_options(kwargs))
             info["missing_keys"] = missing - frozen
         model.requires_grad_(True)  # transformers sets it on all weights; this keeps the MLLM's off
         model.eval()
         return (model, info) if output_loading_info else model
 
-    def _load_frozen(self):
+    def _load_frozen(self, **hub_kwargs):
         config = self.config
         if config.mllm_name_or_path is None:
             raise OSError(
                 "This checkpoint holds no MLLM weights and its config no mllm_name_or_path to load them from."
             )
-        folder = resolve_frozen(config.mllm_name_or_path, config.mllm_revision)
+        folder = resolve_frozen(config.mllm_name_or_path, config.mllm_revision, **hub_kwargs)
         if config.mllm_hash is not None and hash_weight_files(folder) != config.mllm_hash:
             raise OSError(
                 f"The MLLM in {folder} is not the one that this checkpoint was trained with: its weights' hash is"

@@ -8,6 +8,7 @@ and decodes.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -40,7 +41,7 @@ from PIL import Image
 from .generators import condition_width, latent_multiple, predict_velocity, unwrap
 from .integrity import CHECKSUMS, check_files
 from .lora import IOMMLoraLoaderMixin
-from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, resolve_frozen
+from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, hub_options, resolve_frozen
 from .processing_iomm import IOMMProcessor
 
 
@@ -256,6 +257,14 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         sigmas: list[float] | None = None,
     ):
         """Refuses what cannot be drawn, with the value and what would do."""
+        for name, number in (
+            ("height", height),
+            ("width", width),
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(number, Integral) or isinstance(number, bool):
+                raise ValueError(f"{name} must be a whole number, got {number!r}.")
         multiple = self.size_multiple
         if height % multiple or width % multiple or height <= 0 or width <= 0:
             raise ValueError(f"height and width must be positive multiples of {multiple}, got {height} and {width}.")
@@ -465,8 +474,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         references = as_picture_lists(image)
-        height = height or self.resolution
-        width = width or self.resolution
+        height = self.resolution if height is None else height
+        width = self.resolution if width is None else width
         self.check_inputs(
             prompt,
             references,
@@ -677,9 +686,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             )
         # Offloading moves the encoder where its `forward` is called; `generate` is another door.
         generate = apply_forward_hook(type(self.text_encoder).generate)
-        answers = generate(
-            self.text_encoder, **inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
-        )
+        registry = getattr(self.text_encoder, "_diffusers_hook", None)
+        group_offload = None if registry is None else registry.get_hook("group_offloading")
+        options = {**inputs, "do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
+        if group_offload is not None:
+            _, options = group_offload.pre_forward(self.text_encoder, **options)
+        try:
+            answers = generate(self.text_encoder, **options)
+        finally:
+            if group_offload is not None:
+                group_offload.post_forward(self.text_encoder, None)
         self.maybe_free_model_hooks()
         texts = self.processor.tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
         texts = [text.strip() for text in texts]
@@ -745,6 +761,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         `dtype` all parts are float32, as diffusers' are: transformers alone would keep the file's.
 
         Raises:
+            `ValueError`: `device_map` or `quantization_config` for parts that come from references.
             `OSError`: a part is found nowhere, is of another class, is damaged or altered, is a pickle, or is not the one
                 that this checkpoint was trained with.
         """
@@ -754,6 +771,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         index = cls.load_config(folder)
+        if index["vae"][0] is None:
+            refuse_for_references(kwargs)
         check_files(folder, [name for name in PARTS if name not in kwargs and index[name][0] is not None])
         if "vae" not in kwargs and index["vae"][0] is None:
             if index.get("vae_name_or_path") is None:
@@ -761,16 +780,29 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                     f"{pretrained_model_name_or_path} holds no autoencoder and its model_index.json no vae_name_or_path"
                     " to load it from. Give one as `vae=`."
                 )
-            vae_folder = resolve_frozen(index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"])
+            vae_folder = resolve_frozen(
+                index["vae_name_or_path"], index["vae_revision"], index["vae_subfolder"], **hub_options(kwargs)
+            )
             if index["vae_hash"] not in (None, hash_weight_files(vae_folder)):
                 raise OSError(
                     f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
                     f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
                 )
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            if isinstance(dtype, dict):  # one for each part
-                dtype = dtype.get("vae", dtype.get("default"))
-            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=dtype)
+            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=part_dtype(kwargs, "vae"))
+        options = hub_options(kwargs)
+        if (
+            options
+            and "text_encoder" not in kwargs
+            and index["vae"][0] is None
+            and index["text_encoder"][0] is not None
+        ):
+            # diffusers does not tell a part where and how its references are fetched.
+            kwargs["text_encoder"] = IOMMConditionEncoder.from_pretrained(
+                folder / "text_encoder",
+                dtype=part_dtype(kwargs, "text_encoder"),
+                variant=kwargs.get("variant"),
+                **options,
+            )
         return super().from_pretrained(folder, **kwargs)
 
     @classmethod
@@ -804,11 +836,32 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:
         """Fetches a published pipeline. diffusers refuses components of other libraries from the Hub; ours are installed
         beside this class, so no code is fetched and none is trusted: only weights (safetensors) and plain text."""
-        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        options = {name: kwargs[name] for name in names if name in kwargs}
+        options = hub_options(kwargs) | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
         return snapshot_download(
             str(pretrained_model_name), allow_patterns=PIPELINE_FILES, ignore_patterns=["state/*"], **options
         )
+
+
+def refuse_for_references(kwargs: dict[str, Any]):
+    """Refuses options of `from_pretrained` that would not reach parts which come from their references."""
+    parts = [part for part in ("text_encoder", "vae") if part not in kwargs]
+    quantization = kwargs.get("quantization_config")
+    quantized = [*(getattr(quantization, name, None) or () for name in ("quant_mapping", "components_to_quantize"))]
+    given = {
+        "device_map": kwargs.get("device_map") is not None,
+        "quantization_config": any(part in names for part in parts for names in quantized),
+    }
+    if parts and any(given.values()):
+        raise ValueError(
+            f"{' and '.join(name for name in given if given[name])} would not reach {' and '.join(parts)}, whose frozen"
+            " weights this checkpoint only refers to. Load it plainly, save it whole with save_pretrained, and load that."
+        )
+
+
+def part_dtype(kwargs: dict[str, Any], part: str) -> torch.dtype | str | None:
+    """What `from_pretrained` was told of one part's precision."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    return dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:
@@ -833,6 +886,8 @@ def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:
                     "`image` must be a PIL image, an array, a tensor, or a list with a PIL image, a list of them or"
                     f" None for each prompt, got {type(picture).__name__}."
                 )
+            if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+                raise ValueError("`image` holds a picture of mode F with values that are NaN or infinite.")
             if 0 in picture.size:
                 raise ValueError(f"`image` holds a picture of {picture.width}x{picture.height} pixels: it is empty.")
         lists.append(pictures)

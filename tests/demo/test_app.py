@@ -1,6 +1,7 @@
 """The page from outside: its API through gradio_client, its tools through MCP, and files that visitors should not send."""
 
 import asyncio
+import base64
 import json
 import struct
 import zlib
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from gradio.route_utils import delete_files_created_by_app
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
@@ -29,6 +31,13 @@ def http(address):
 @pytest.fixture(scope="module")
 def api(address, tmp_path_factory):
     return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture
+def uploads(tmp_path, monkeypatch):
+    """Where `photo` lies, as Gradio's upload folder."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture
@@ -119,29 +128,48 @@ def test_mcp_tools_are_the_same_functions(address):
         ("heavy.png", bytes(app.MAX_BYTES + 1), "larger than 10 MB"),
     ],
 )
-def test_files_that_are_no_pictures(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(gr.Error, match=message), app.told():
-        app.read_upload({"path": str(tmp_path / name)})
+def test_files_that_are_no_pictures(uploads, name, content, message):
+    (uploads / name).write_bytes(content)
+    with pytest.raises(gr.Error, match=message) as refusal, app.told():
+        app.read_upload({"path": str(uploads / name)})
+    assert not content or repr(content[:16]) not in str(refusal.value)  # what lies in a file is nobody's to read
 
 
-def test_uploads_come_upright_and_in_rgb(photo):
+def test_only_regular_files_of_the_upload_folder_are_read(uploads, photo, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "photo.png"
+    elsewhere.write_bytes(photo.read_bytes())
+    (uploads / "link.png").symlink_to(elsewhere)
+    climbing = uploads / ".." / elsewhere.relative_to(uploads.parent)
+    for path in (elsewhere, climbing, uploads / "link.png", uploads, uploads / "gone.png", "/dev/zero"):
+        with pytest.raises(ValueError, match="not uploaded here"):
+            app.read_upload({"path": str(path)})
+    with pytest.raises(ValueError, match="not uploaded here"):
+        app.compare({"path": str(photo)}, {"path": str(elsewhere)})
+    assert app.read_upload({"path": str(photo)}).mode == "RGB"
+
+
+def test_uploads_come_upright_and_in_rgb(uploads, photo):
     picture = app.read_upload({"path": str(photo)})
     assert (picture.size, picture.mode) == ((64, 96), "RGB")
     assert picture.getpixel((0, 0)) == (255, 0, 0) and picture.getpixel((0, 95)) == (0, 0, 255)
     with pytest.raises(ValueError, match="Give a picture first"):
         app.read_upload(None)
-    with pytest.raises(ValueError, match="not as a data URL"):
-        app.read_upload({"url": "data:image/png;base64,AAAA", "path": None})
+    for upload in ({"url": "data:image/png;base64,AAAA", "path": None}, {"path": 1}, ["photo.png"], "photo.png"):
+        with pytest.raises(ValueError, match="not as a data URL"):
+            app.read_upload(upload)
 
 
-def test_the_server_takes_no_heavy_uploads_and_reads_no_files_of_its_own(http):
+def test_the_server_takes_no_heavy_uploads(http):
     heavy = http.post("gradio_api/upload", files={"files": ("a.png", bytes(app.MAX_BYTES + 1))})
     assert heavy.status_code == 413
-    file = {"path": __file__, "meta": {"_type": "gradio.FileData"}}
-    asked = http.post("gradio_api/call/ask", json={"data": [file, "Describe the image."]}).json()
-    answer = http.get(f"gradio_api/call/ask/{asked['event_id']}").text
-    assert "event: error" in answer and "event: complete" not in answer
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+@pytest.mark.parametrize(("name", "others"), [("edit", ["", 0, 1, 1]), ("ask", ["Describe it."]), ("learn", [0.5, 0])])
+def test_pictures_of_the_servers_own_are_not_read(http, photo, name, others, meta):
+    asked = http.post(f"gradio_api/call/{name}", json={"data": [{"path": str(photo)} | meta, *others]}).json()
+    answer = http.get(f"gradio_api/call/{name}/{asked['event_id']}").text
+    assert "event: error" in answer and "event: complete" not in answer and "event: generating" not in answer
 
 
 def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, http, page):
@@ -153,6 +181,42 @@ def test_uploads_and_drawings_are_deleted_when_their_time_is_over(api, http, pag
     delete_files_created_by_app(page, 0)
     kept = {Path(name) for block in page.blocks.values() for name in getattr(block, "keep_in_cache", ())}
     assert not any(file.exists() for file in files - kept) and Path(upload) not in kept
+
+
+def test_pictures_sent_over_mcp_are_deleted_too_and_examples_are_not(address, api, page, photo):
+    Image.fromarray(np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photo)  # like no other
+    sent = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+
+    async def ask():
+        async with (
+            streamable_http_client(f"{address}gradio_api/mcp/") as streams,
+            ClientSession(streams[0], streams[1]) as session,
+        ):
+            await session.initialize()
+            return await session.call_tool("ask", {"picture": sent, "question": "What is it?"})
+
+    assert not asyncio.run(ask()).isError
+    arrived = [file for file in Path(get_upload_folder()).rglob("*.png") if file.read_bytes() == photo.read_bytes()]
+    kept = {Path(name) for block in page.blocks.values() for name in getattr(block, "keep_in_cache", ())}
+    delete_files_created_by_app(page, 0)
+    app.delete_sent_over_mcp(app.KEPT_SECONDS)
+    assert any(file.exists() for file in arrived)  # not yet
+    app.delete_sent_over_mcp(0)
+    assert not any(file.exists() for file in arrived) and kept and all(file.exists() for file in kept)
+
+
+def test_a_served_page_deletes_by_age(uploads, monkeypatch):
+    monkeypatch.setattr(app, "KEPT_SECONDS", 0.03)
+    (uploads / "hash").mkdir()
+    for name in ("file.png", "photo.png"):
+        (uploads / "hash" / name).write_bytes(b"sent")
+
+    async def serve():
+        async with app.launch_options()["app_kwargs"]["lifespan"](None):
+            await asyncio.sleep(1)
+
+    asyncio.run(serve())
+    assert [file.name for file in (uploads / "hash").iterdir()] == ["photo.png"]
 
 
 def test_nothing_is_kept_and_nothing_phones_home(http):

@@ -1,6 +1,7 @@
 """Results of `iomm-hf evaluate` in a model card, in the Hub's own form, and only where they are this checkpoint's."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
-from iomm_hf.hub.card import COMPONENTS, Sample, write_card
+from iomm_hf.hub.card import COMPONENTS, Reference, Sample, describe_sources, write_card
 from iomm_hf.modeling_iomm import hash_weight_files
 
 
@@ -46,16 +47,14 @@ def result(name: str, scores: dict) -> dict:
     }  # fmt: skip
 
 
-def card(folder, pipeline, tmp_path, *contents, benchmark=None) -> ModelCard:
+def card(folder, pipeline, tmp_path, *contents, **options) -> ModelCard:
     files = []
     for number, content in enumerate(contents):
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps(content))
     licences = dict.fromkeys(COMPONENTS, "apache-2.0")
     samples = [Sample("a star", 0, "samples/00.png")]
-    write_card(
-        folder, "me/model", pipeline, licences, samples, steps=30, guidance=3.0, scores=files, benchmark=benchmark
-    )
+    write_card(folder, "me/model", pipeline, licences, samples, steps=30, guidance=3.0, scores=files, **options)
     return ModelCard.load(folder / "README.md")
 
 
@@ -108,3 +107,43 @@ def test_what_is_not_this_checkpoints_whole_result_stays_out(folder, pipeline, t
     change(content)
     with pytest.raises((OSError, ValueError), match=message):
         card(folder, pipeline, tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        ("org/pictures", True),
+        ("hf://datasets/org/pictures@main/*.parquet", True),
+        ("https://example.org/a.tar", True),
+        ("/home/me/secret/*.tar", False),
+        ("../secret", False),
+        ("file:///home/me/*.tar", False),
+        ("s3://me/secret.tar", False),
+        ("https://me:pw@example.org/a.tar", False),
+        ("https://example.org/a.tar?key=secret", False),
+        ("https://example.org/a.zip::file:///home/me", False),
+    ],
+)
+def test_only_public_addresses_of_data_are_named(path, public):
+    name = f"`{path}`" if public else "files of the trainer's own"
+    sentence, datasets = describe_sources({"images": [path], "pairs": [{"path": path}]})
+    assert sentence == f"Pictures without text: {name}. Pairs of picture and text: {name}."
+    assert datasets == (["org/pictures"] if path.startswith("hf://") else [])
+
+
+@pytest.mark.parametrize("vae_reference", [None, Reference("org/vae", None, "main")])
+def test_every_snippet_loads_the_revision_and_no_pickles(folder, pipeline, tmp_path, vae_reference):
+    text = card(folder, pipeline, tmp_path, revision="v1", vae_reference=vae_reference).text
+    for call in (
+        r'IOMMPipeline\.from_pretrained\("me/model", revision="v1"\)',
+        r'snapshot_download\("me/model", revision="v1"\)',
+        r'AutoModel\.from_pretrained\("me/model", subfolder="text_encoder", revision="v1", .*use_safetensors=True',
+        r'AutoProcessor\.from_pretrained\("me/model", subfolder="processor", revision="v1", ',
+        r'DiffusionPipeline\.from_pretrained\("me/model", revision="<commit>", .*use_safetensors=True',
+    ):
+        assert len(re.findall(call, text)) == 1, call
+    assert text.count('("me/model"') == 5 and text.count('revision="v1"') == 4
+    assert text.count("use_safetensors=True") == (2 if vae_reference is None else 3)
+    assert "revision=" not in card(folder, pipeline, tmp_path).text.replace('revision="<commit>"', "").replace(
+        "# revision=", ""
+    )

@@ -163,9 +163,10 @@ trusted = dict(trust_remote_code=True, **options)
 where = "user/shipped"
 if constants.HF_HUB_OFFLINE:  # diffusers asks the Hub for the commit of remote code, even with all of it in the cache
     where = snapshot_download(where, **options)
-pipe = DiffusionPipeline.from_pretrained(where, dtype=torch.float32, **trusted)  # or the encoder keeps the file's half
+safe = dict(use_safetensors=True, dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained(where, **safe, **trusted)  # or the encoder keeps the file's half
 assert torch.equal(draw(pipe), expected["picture"])
-model = AutoModel.from_pretrained("user/shipped", subfolder="text_encoder", dtype=torch.float32, **trusted)
+model = AutoModel.from_pretrained("user/shipped", subfolder="text_encoder", **safe, **trusted)
 processor = AutoProcessor.from_pretrained("user/shipped", subfolder="processor", **trusted)
 assert torch.equal(condition(model, processor), expected["condition"])
 for part in (pipe, pipe.text_encoder, pipe.processor, model, processor):

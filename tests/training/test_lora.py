@@ -128,6 +128,7 @@ def test_killed_and_resumed_from_pictures_alone_equals_an_unbroken_run(settings,
     ):
         assert words in card
     assert "adapter and connector" in card and str(base.parent) not in card and "base_model" not in card
+    assert "| pictures from | files of the trainer's own |" in card
 
 
 def test_with_captions_validation_and_a_best_score(settings, parts, tmp_path):

@@ -4,16 +4,19 @@ Functions with an `api_name` are what others call, so they take and give plain t
 the next picture, the slider of before and after) hangs on events of its own, which are private.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 
-from ..data.images import BadImage, load_image, resize_and_crop
+from ..data.images import FORMATS, BadImage, load_image, resize_and_crop
 from ..data.shapes import COLORS, corpus_scene, render
 from . import model
 
@@ -89,24 +92,51 @@ def told() -> Iterator[None]:
     try:
         yield
     except BadImage as error:
-        raise gr.Error(
-            f"That picture cannot be used: {error.message}.", title="Sorry", print_exception=False
-        ) from None
+        # An unknown format's message ends in the file's first bytes, which are for logs.
+        why = f"expected one of {', '.join(FORMATS)}" if error.reason == "unknown_format" else error.message
+        raise gr.Error(f"That picture cannot be used: {why}.", title="Sorry", print_exception=False) from None
     except ValueError as error:
         raise gr.Error(str(error), title="Sorry", print_exception=False) from None
 
 
 def read_upload(upload: dict[str, Any] | None) -> Image.Image:
-    """A visitor's file, upright and in RGB. Events that take one have `preprocess=False`: Gradio hands over a path inside
-    its upload folder, and no decoder but ours sees the bytes."""
+    """A visitor's file, upright and in RGB. Events that take one have `preprocess=False`, so no decoder but ours sees the
+    bytes; and Gradio checks the paths of only those uploads that call themselves its own, so all are checked here."""
     if not upload:
         raise ValueError("Give a picture first: upload one, or click at an example.")
-    if not upload.get("path"):
+    if not isinstance(upload, dict) or not isinstance(upload.get("path"), str) or not upload["path"]:
         raise ValueError("Send the picture as a file, not as a data URL.")
-    path = Path(upload["path"])
+    path = Path(upload["path"]).resolve()
+    if not (path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()):
+        raise ValueError("That file was not uploaded here, or was deleted since. Upload the picture again.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"That file is larger than {MAX_BYTES // 1024**2} MB.")
     return load_image(path.read_bytes(), max_pixels=MAX_PIXELS)
+
+
+def delete_sent_over_mcp(age: float):
+    """Deletes pictures that came over MCP as data URLs longer ago than `age` seconds: these alone Gradio would keep for ever.
+    It writes them as `file.png` and the like, and hands on a copy that it deletes as other uploads."""
+    for file in Path(get_upload_folder()).glob("*/file*"):
+        with suppress(FileNotFoundError):  # Gradio, or another page of this machine, was faster
+            if file.stem == "file" and time.time() - file.lstat().st_ctime > age:
+                file.unlink()
+
+
+@asynccontextmanager
+async def sweeping(_: Any) -> AsyncIterator[None]:
+    """While the page is served: deletes by age, now and then, as Gradio does."""
+
+    async def sweep():
+        while True:
+            await asyncio.sleep(KEPT_SECONDS / 3)
+            await asyncio.to_thread(delete_sent_over_mcp, KEPT_SECONDS)
+
+    task = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def whole(name: str, value: Any) -> int:
@@ -527,6 +557,7 @@ def launch_options() -> dict[str, Any]:
         "theme": theme,
         "css_paths": [HERE / "page.css"],
         "max_file_size": MAX_BYTES,
+        "app_kwargs": {"lifespan": sweeping},
         "mcp_server": find_spec("mcp") is not None,
         "run_history": False,
         "footer_links": ["api", "gradio"],

@@ -101,7 +101,7 @@ def load(checkpoint: str | None = None, device: str | None = None) -> IOMMPipeli
     try:
         # Asked this way, ZeroGPU answers yes where it will only later lend a GPU.
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:  # torch's for a device that it does not know
+    except (RuntimeError, AssertionError) as error:  # torch's for devices that it does not know or was built without
         raise ValueError(f"The device {device} cannot be used: {error}") from error
     _pipeline = pipeline
     return pipeline

@@ -232,12 +232,35 @@ def describe_sources(settings: dict[str, Any]) -> tuple[str, list[str]]:
             on_hub = re.match(r"hf://datasets/([^/]+/[^/@]+)", path)
             if on_hub:
                 datasets.append(on_hub.group(1))
-            # A folder of two names looks like an id: name it, but claim no data set of it.
-            public = on_hub or "://" in path or (re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists())
-            named.append(f"`{path}`" if public else "files of the trainer's own")
+            named.append(source_name(path))
         if named:
             sentences.append(f"{title.capitalize()}: {', '.join(dict.fromkeys(named))}.")
     return " ".join(sentences), list(dict.fromkeys(datasets))
+
+
+def source_name(path: str) -> str:
+    r"""
+    What a card says of a source of data: its public address, and of everything else nothing that could be private.
+
+    Args:
+        path (`str`): As in a run's settings.
+
+    Returns:
+        `str`: a Hub id, `hf://` or `http(s)://` address as code. An address with a password or a query, which may hold
+        a key, and whatever else is not surely public, is "files of the trainer's own".
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.hub.card import source_name
+    >>> source_name("https://example.org/a.tar"), source_name("/home/me/*.tar")
+    ('`https://example.org/a.tar`', "files of the trainer's own")
+    ```
+    """
+    # A folder of two names that is not here any more looks like an id: name it, but claim no data set of it.
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".") and not Path(path).exists()
+    address = re.fullmatch(r"hf://[^\s`]+|https?://[^\s`/@?#]+(/[^\s`?#]*)?", path) and "::" not in path
+    return f"`{path}`" if hub_id or address else "files of the trainer's own"
 
 
 def read_score(score: Path, folder: Path) -> tuple[list[EvalResult], dict[str, Any]]:

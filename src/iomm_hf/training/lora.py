@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import nn
 
+from ..hub.card import source_name
 from ..pipeline_iomm import IOMMPipeline
 from ..shipped import shipped_model
 from .config import LoraTrainingConfig
@@ -113,7 +114,7 @@ No licence is stated here. What may be done with it follows from the licences of
 
 
 def lora_card(config: LoraTrainingConfig, module: IOMMTrainingModule, samples: int) -> str:
-    """The README.md of a finished LoRA. Of folders on this machine it says the last name alone."""
+    """The README.md of a finished LoRA. Of a base on this machine it says the last name alone, of pictures here none."""
     assert config.init_from is not None  # filled in by the settings
     path = Path(config.init_from)
     shipped = path == shipped_model()
@@ -134,8 +135,7 @@ def lora_card(config: LoraTrainingConfig, module: IOMMTrainingModule, samples: i
         alpha=config.lora_alpha or config.lora_rank,
         weights=sum(weight.numel() for weight in module.trainable_parameters()),
         sources=", ".join(
-            Path(source.path).name if Path(source.path).exists() else source.path
-            for source in [*config.image_sources, *config.paired_sources]
+            dict.fromkeys(source_name(source.path) for source in [*config.image_sources, *config.paired_sources])
         ),
         text=kinds[bool(config.images), bool(config.pairs)],
         steps=config.max_steps,
