@@ -113,8 +113,8 @@ class IOMMDenoiseStep(ModularPipelineBlocks):
         pipeline.set_progress_bar_config(disable=True)
         (block.latents,) = pipeline(
             **{name: getattr(block, name) for name in CONDITIONS},
-            height=block.height or components.config.resolution,
-            width=block.width or components.config.resolution,
+            height=components.config.resolution if block.height is None else block.height,
+            width=components.config.resolution if block.width is None else block.width,
             num_inference_steps=block.num_inference_steps,
             guidance_scale=block.guidance_scale,
             generator=block.generator,
