@@ -336,8 +336,8 @@ def score(config: CompareConfig, runs: list[Path], path: Path):
 
     # The MLLM is frozen: what it says of a picture is what it said before.
     pictures = [case.picture(pipeline.resolution) for case in cases]
-    untrained = IOMMPipeline.from_pretrained(shipped_model()).to(pipeline.device)
-    before, after = (pipe.describe(pictures, max_new_tokens=32) for pipe in (untrained, pipeline))
+    source = IOMMPipeline.from_pretrained(shipped_model()).to(pipeline.device)  # of the frozen parts
+    before, after = (pipe.describe(pictures, max_new_tokens=32) for pipe in (source, pipeline))
     captions = {"same": sum(a == b for a, b in zip(before, after, strict=True)), "of": len(before)}
     write_json(
         path,

@@ -341,16 +341,15 @@ def ask(
 @contextmanager
 def refusals():
     """One line and exit code 2 for what the caller gave; libraries' warnings stay out of the way."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from .hub import UNREACHED
 
-    unreached = HfHubHTTPError.__bases__[0]  # what the Hub's client, of whichever library, raises without an answer
     logging.disable(logging.WARNING)
     try:
         yield
     except (ValueError, OSError, ImportError) as error:  # ImportError: an extra that is not installed, by name
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    except unreached as error:
+    except UNREACHED as error:
         typer.echo(f"Error: the Hub was not reached: {error}. Check the connection and HF_ENDPOINT.", err=True)
         raise typer.Exit(2) from None
     finally:

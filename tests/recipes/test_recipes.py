@@ -12,7 +12,7 @@ from iomm_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-CONFIGS = sorted([*(ROOT / "recipes/configs").glob("*.yaml"), *(ROOT / "results").glob("*/*.yaml")])
+CONFIGS = sorted([*(ROOT / "recipes/configs").glob("*.yaml"), *(ROOT / "results").rglob("*.yaml")])
 
 
 def config_classes(module):

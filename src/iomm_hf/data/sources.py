@@ -21,6 +21,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.utils.file_utils import xopen
 from huggingface_hub import HfApi, parse_hf_uri
 
+from ..hub import UNREACHED
 from .images import MAX_PIXELS, MIN_SIDE
 
 
@@ -146,7 +147,7 @@ def hub_commits(sources: Iterable[SourceConfig]) -> dict[str, str]:
                 continue
             try:
                 commits[name] = str(HfApi().dataset_info(repository, revision=revision).sha)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, UNREACHED) as error:
                 raise ValueError(f"cannot open {name!r}, neither here nor on the Hub: {error}") from error
     return commits
 

@@ -143,9 +143,8 @@ class BenchmarkData:
         """All source pictures out of their archive, each whole or not at all, also where several ranks unpack at once."""
         repository, archive, inner = IMGEDIT_PICTURES
         downloaded = Path(hf_hub_download(repository, archive, repo_type="dataset"))
-        self.write(
-            self.folder / PICTURES_COMMIT, downloaded.parent.name.encode()
-        )  # the Hub's cache names snapshots by their commit
+        # The Hub's cache names snapshots by their commit.
+        self.write(self.folder / PICTURES_COMMIT, downloaded.parent.name.encode())
         with tarfile.open(downloaded) as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
