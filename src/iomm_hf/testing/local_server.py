@@ -1,19 +1,20 @@
 """What the servers of tests share: they answer on 127.0.0.1, on a free port, while their context is open."""
 
 import threading
+from abc import ABC, abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
 
-class LocalServer:
+class LocalServer(ABC):
     """A server in a background thread. Those that derive from it say what answers a request."""
 
     port: int  # from the moment that the context is entered
 
+    @abstractmethod
     def handle(self, *connection: Any) -> BaseHTTPRequestHandler:
         """Answers one connection, given what `http.server` gives its handlers."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handle)
