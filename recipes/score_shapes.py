@@ -24,6 +24,7 @@ from iomm_hf.data.shapes import TASKS
 from iomm_hf.evaluation.drawing import draw_batches, draw_plan
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.options import ScoringOptions
+from iomm_hf.evaluation.pipelines import load_pipeline
 from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, render_truth, score_pictures
 from iomm_hf.pipeline_iomm import decode_latents, draw_latents
 from iomm_hf.training.checkpoints import write_json
@@ -48,12 +49,11 @@ def through_autoencoder(pipeline: IOMMPipeline, pictures: list[np.ndarray]) -> l
 
 
 def main(config: ScoreConfig):
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    pipeline = IOMMPipeline.from_pretrained(config.checkpoint).to(device)
+    pipeline, about = load_pipeline(config.checkpoint)
+    device = pipeline.device
     plan = benchmark_plan(pictures_per_task=config.pictures_per_task)
     metadata, seeds = [picture.metadata for picture in plan], [picture.seed for picture in plan]
-    settings = config.sampling | {"batch_size": 200 if on_gpu else 16}
+    settings = config.sampling | {"batch_size": 200 if device.type == "cuda" else 16}
     reports: dict[str, ShapesReport] = {}
 
     def score(name: str, pictures: list):
@@ -80,7 +80,8 @@ def main(config: ScoreConfig):
     output.mkdir(parents=True, exist_ok=True)
     write_json(
         output / "score.json",
-        {"checkpoint": config.checkpoint, "beside": config.rivals, **config.sampling}
+        {"checkpoint": config.checkpoint, "weights_sha256": about["weights_sha256"], "beside": config.rivals}
+        | config.sampling
         | {name: report.to_dict() for name, report in reports.items()},
     )
     firsts = {task: [i for i, item in enumerate(metadata) if item["tag"] == task][:6] for task in TASKS}

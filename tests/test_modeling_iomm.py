@@ -211,6 +211,13 @@ def test_mllm_stays_frozen_and_in_eval_mode(make_encoder, tmp_path):
         assert model.adapter.training and all(p.requires_grad for p in model.adapter.parameters())
 
 
+def test_integers_of_a_quantised_adapter_do_not_train(make_encoder):
+    encoder = make_encoder()
+    encoder.adapter.rounded = torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    trains = {name: p.requires_grad for name, p in encoder.requires_grad_(True).adapter.named_parameters()}
+    assert [name for name, value in trains.items() if not value] == ["rounded"]
+
+
 def test_training_leaves_the_mllm_and_its_answers_alone(make_encoder, processor, images, batch, image_mask):
     encoder = make_encoder(connector_layers=1).train()
     question = processor.encode([processor.understand("Describe the image.", images[0])])

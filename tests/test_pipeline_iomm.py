@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -12,10 +13,11 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     PipelineQuantizationConfig,
+    QuantoConfig,
     UniPCMultistepScheduler,
 )
+from optimum.quanto import QLinear
 from PIL import Image
-from transformers import QuantoConfig
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.data.shapes_chat import DESCRIBE
@@ -312,12 +314,50 @@ def test_references_are_fetched_as_the_pipeline_is(pipe, tmp_path):
             tmp_path / "light", vae=pipe.vae, cache_dir=tmp_path / "empty", local_files_only=True
         )
 
-    quantization = PipelineQuantizationConfig(quant_mapping={"text_encoder": QuantoConfig("int8")})
-    for option in ({"device_map": "balanced"}, {"quantization_config": quantization}):
-        with pytest.raises(ValueError, match=f"{next(iter(option))} would not reach text_encoder and vae"):
-            IOMMPipeline.from_pretrained(tmp_path / "light", **option)
+    with pytest.raises(ValueError, match="device_map would not reach text_encoder and vae"):
+        IOMMPipeline.from_pretrained(tmp_path / "light", device_map="balanced")
     with pytest.raises(ValueError, match="device_map would not reach the MLLM"):
         IOMMConditionEncoder.from_pretrained(tmp_path / "light/text_encoder", device_map="cpu")
+
+
+@pytest.fixture
+def int8():
+    return PipelineQuantizationConfig(
+        quant_mapping={"text_encoder": transformers.QuantoConfig("int8"), "transformer": QuantoConfig("int8")}
+    )
+
+
+def quantized_layers(part):
+    return sum(isinstance(layer, QLinear) for layer in part.modules())
+
+
+def test_quantised_parts_draw_and_answer_almost_alike(trained, int8, tmp_path):
+    quantized = IOMMPipeline.from_pretrained(shipped_model(), quantization_config=int8)
+    quantized.set_progress_bar_config(disable=True)
+    assert quantized_layers(quantized.transformer) > 50 and quantized_layers(quantized.text_encoder.mllm) > 20
+    plain, rounded = (draw(pipe, "a red circle", steps=10, output_type="np") for pipe in (trained, quantized))
+    assert 0 < np.abs(plain - rounded).mean() < 0.01
+    picture = Image.fromarray((plain[0] * 255).astype("uint8"))
+    assert quantized.describe(picture) == trained.describe(picture) == "a red circle"
+
+
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}])
+def test_a_referenced_mllm_is_quantised_as_it_comes(trained, int8, options, tmp_path):
+    trained.text_encoder.mllm.save_pretrained(tmp_path / "mllm")
+    trained.vae.save_pretrained(tmp_path / "vae")
+    referring = IOMMPipeline(**trained.components, vae_name_or_path=str(tmp_path / "vae"))
+    referring.text_encoder.config.mllm_name_or_path = str(tmp_path / "mllm")
+    referring.save_pretrained(tmp_path / "light", include_frozen=False)
+    trained.text_encoder.config.mllm_name_or_path = None
+
+    quantized = IOMMPipeline.from_pretrained(tmp_path / "light", quantization_config=int8, **options)
+    quantized.set_progress_bar_config(disable=True)
+    assert quantized_layers(quantized.text_encoder.mllm) > 20 and not quantized_layers(quantized.text_encoder.adapter)
+    assert quantized_layers(quantized.transformer) > 50
+    plain, rounded = (draw(pipe, "a red circle", steps=10) for pipe in (trained, quantized))
+    assert 0 < (plain - rounded).abs().mean() < 0.05 * plain.std()
+    with pytest.raises(ValueError, match="save with include_frozen=False"):
+        quantized.text_encoder.save_pretrained(tmp_path / "whole")
 
 
 def test_understanding_answers_through_the_same_encoder(pipe, images):

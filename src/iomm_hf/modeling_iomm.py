@@ -5,7 +5,7 @@ without a graph into a key-value cache, and only the query rows are differentiat
 full pass (see `tests/test_modeling_iomm.py`).
 
 The paper's symbols: `g` is `mllm`, `v` its vision tower, `q` is `adapter`, `c` the embeddings, `M` the mask, `h` the
-condition. This file imports torch and transformers alone, because published checkpoints carry a copy of it.
+condition. This file imports torch, transformers and what they need alone, because published checkpoints carry a copy of it.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -407,8 +408,9 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "IOMMConditionEncoder":
-        super().requires_grad_(requires_grad)
-        self.mllm.requires_grad_(False)
+        for name, parameter in self.named_parameters():  # quantised ones may be integers, which cannot train
+            trains = not name.startswith("mllm.") and parameter.is_floating_point()
+            parameter.requires_grad_(requires_grad and trains)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -611,8 +613,11 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         loading fetches them from `config.mllm_name_or_path`.
 
         Raises:
-            `ValueError`: `include_frozen=False` without such a reference, since nobody could load the result.
+            `ValueError`: `include_frozen=False` without such a reference, or an MLLM that was quantised as it came from one:
+                nobody could load the result.
         """
+        if include_frozen and getattr(self.mllm, "is_quantized", False):
+            raise ValueError("The MLLM was quantised as it came from its reference: save with include_frozen=False.")
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not include_frozen:
             if self.config.mllm_name_or_path is None:
@@ -627,15 +632,20 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         r"""
-        Loads an encoder. Frozen weights that the checkpoint leaves out come from `config.mllm_name_or_path`; a weight
-        that is found nowhere is an error, never a random one.
+        Loads an encoder. Frozen weights that the checkpoint leaves out come from `config.mllm_name_or_path`, and then
+        `quantization_config` is for them alone; a weight that is found nowhere is an error, never a random one.
 
         Raises:
-            `ValueError`: `device_map` or `quantization_config` for an MLLM that comes from its reference.
+            `ValueError`: `device_map` for an MLLM that comes from its reference, or a `quantization_config` for one that is
+                referred to from the Hub: download the encoder first.
             `OSError`: the checkpoint is incomplete, its MLLM is not found, or is not the one it was trained with.
         """
         # transformers would call a left-out MLLM newly initialised; what is missing raises below. A filter and not a level:
         # at a higher level transformers prints its whole tensor-parallel plan.
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        of_frozen = {}
+        if kwargs.get("quantization_config") is not None and leaves_mllm_out(folder):
+            of_frozen["quantization_config"] = kwargs.pop("quantization_config")
         report = logging.getLogger("transformers.modeling_utils")
         report.addFilter(silence)
         try:
@@ -663,13 +673,13 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                     f"{' and '.join(given)} would not reach the MLLM, to which {pretrained_model_name_or_path} only refers."
                     " Load it plainly, save it whole with save_pretrained, and load that."
                 )
-            model._load_frozen(**hub_options(kwargs))
+            model._load_frozen(of_frozen, **hub_options(kwargs))
             info["missing_keys"] = missing - frozen
         model.requires_grad_(True)  # transformers sets it on all weights; this keeps the MLLM's off
         model.eval()
         return (model, info) if output_loading_info else model
 
-    def _load_frozen(self, **hub_kwargs):
+    def _load_frozen(self, options: dict[str, Any] | None = None, **hub_kwargs):
         config = self.config
         if config.mllm_name_or_path is None:
             raise OSError(
@@ -684,22 +694,33 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
             )
         device, dtype = self._any_weight().device, self._any_weight().dtype
         self.mllm.to("meta")  # frees the placeholders before the real weights arrive
-        self.mllm = load_mllm(folder, dtype=dtype).to(device)
+        self.mllm = load_mllm(folder, dtype=dtype, **(options or {}))
+        if not getattr(self.mllm, "is_quantized", False):  # a quantised one is where its library put it
+            self.mllm.to(device)
 
 
 def silence(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def load_mllm(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def leaves_mllm_out(folder: Path) -> bool:
+    """Whether an encoder's folder holds trained weights alone."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+    return bool(names) and not any(name.startswith("mllm.") for name in names)
+
+
+def load_mllm(folder: str | Path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     r"""
-    A frozen MLLM from a folder.
+    A frozen MLLM from a folder, with options of transformers' `from_pretrained`.
 
     Raises:
         `OSError`: weights are missing there, which transformers would otherwise draw at random.
     """
     mllm, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
     )
     missing = set(info["missing_keys"]) - set(mllm.all_tied_weights_keys)
     if missing:

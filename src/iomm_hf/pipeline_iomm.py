@@ -761,7 +761,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         `dtype` all parts are float32, as diffusers' are: transformers alone would keep the file's.
 
         Raises:
-            `ValueError`: `device_map` or `quantization_config` for parts that come from references.
+            `ValueError`: `device_map` for parts that come from references.
             `OSError`: a part is found nowhere, is of another class, is damaged or altered, is a pickle, or is not the one
                 that this checkpoint was trained with.
         """
@@ -771,8 +771,12 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         index = cls.load_config(folder)
-        if index["vae"][0] is None:
-            refuse_for_references(kwargs)
+        absent = [part for part in ("text_encoder", "vae") if part not in kwargs]
+        if index["vae"][0] is None and absent and kwargs.get("device_map") is not None:
+            raise ValueError(
+                f"device_map would not reach {' and '.join(absent)}, whose frozen weights this checkpoint only refers to."
+                " Load it plainly, save it whole with save_pretrained, and load that."
+            )
         check_files(folder, [name for name in PARTS if name not in kwargs and index[name][0] is not None])
         if "vae" not in kwargs and index["vae"][0] is None:
             if index.get("vae_name_or_path") is None:
@@ -788,7 +792,11 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                     f"The autoencoder in {vae_folder} is not the one that {pretrained_model_name_or_path} was trained"
                     f" with: its hash is {hash_weight_files(vae_folder)}, expected {index['vae_hash']}."
                 )
-            kwargs["vae"] = AutoencoderKL.from_pretrained(vae_folder, dtype=part_dtype(kwargs, "vae"))
+            kwargs["vae"] = AutoencoderKL.from_pretrained(
+                vae_folder,
+                dtype=part_dtype(kwargs, "vae"),
+                quantization_config=part_quantization(kwargs, "vae", is_diffusers=True),
+            )
         options = hub_options(kwargs)
         if (
             options
@@ -801,6 +809,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 folder / "text_encoder",
                 dtype=part_dtype(kwargs, "text_encoder"),
                 variant=kwargs.get("variant"),
+                quantization_config=part_quantization(kwargs, "text_encoder", is_diffusers=False),
                 **options,
             )
         return super().from_pretrained(folder, **kwargs)
@@ -842,26 +851,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         )
 
 
-def refuse_for_references(kwargs: dict[str, Any]):
-    """Refuses options of `from_pretrained` that would not reach parts which come from their references."""
-    parts = [part for part in ("text_encoder", "vae") if part not in kwargs]
-    quantization = kwargs.get("quantization_config")
-    quantized = [*(getattr(quantization, name, None) or () for name in ("quant_mapping", "components_to_quantize"))]
-    given = {
-        "device_map": kwargs.get("device_map") is not None,
-        "quantization_config": any(part in names for part in parts for names in quantized),
-    }
-    if parts and any(given.values()):
-        raise ValueError(
-            f"{' and '.join(name for name in given if given[name])} would not reach {' and '.join(parts)}, whose frozen"
-            " weights this checkpoint only refers to. Load it plainly, save it whole with save_pretrained, and load that."
-        )
-
-
 def part_dtype(kwargs: dict[str, Any], part: str) -> torch.dtype | str | None:
     """What `from_pretrained` was told of one part's precision."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     return dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+
+
+def part_quantization(kwargs: dict[str, Any], part: str, is_diffusers: bool):
+    """What `from_pretrained` was told of one part's quantisation, resolved as diffusers does for the parts that it loads."""
+    config = kwargs.get("quantization_config")
+    return config and config._resolve_quant_config(is_diffusers=is_diffusers, module_name=part)
 
 
 def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:

@@ -317,8 +317,8 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
     assert server.requests[0]["messages"][0]["content"][0]["text"].endswith("Answer with yes or no.")
 
 
-def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
-    data = tmp_path / "data"
+def imgedit_files(data: Path) -> Path:
+    """The benchmark's files in their layout, all of whose items edit one picture."""
     origin = REPOSITORIES["imgedit"]
     (data / "Benchmark/Basic").mkdir(parents=True)
     (data / "pictures/animal").mkdir(parents=True)
@@ -329,6 +329,11 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
     }
     (data / origin.prompts[0]).write_text(json.dumps(items))
     (data / origin.wording).write_text(json.dumps({"add": "Add <edit_prompt>!", "style": "Style <edit_prompt>!"}))
+    return data
+
+
+def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
+    data = imgedit_files(tmp_path / "data")
     with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
         result, _ = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
     assert result["scores"]["overall"]["value"] == 4.0 and result["counts"]["found"] == 2
@@ -341,10 +346,34 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
         "commit": None,
         "sha256": source,
     }  # from a folder of one's own
+
+    prompts = data / REPOSITORIES["imgedit"].prompts[0]
+    items = json.loads(prompts.read_text())
     items["1"]["id"] = "../outside.jpg"
-    (data / origin.prompts[0]).write_text(json.dumps(items))
+    prompts.write_text(json.dumps(items))
     with LocalJudge(lambda request: "") as server, pytest.raises(ValueError, match="leads out of its folder"):
         evaluate(config("imgedit", tmp_path / "evil", data=data, limit=1, **judge_of(server)))
+
+
+def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(tmp_path):
+    data = imgedit_files(tmp_path / "data")
+    scores = iter((5, 5, 1, 1))
+    with LocalJudge(
+        lambda request: "Compliance: {0}\nSeamlessness: {0}\nFidelity: {0}".format(next(scores))
+    ) as server:
+        run = config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server))
+        _, file = evaluate(run)
+        Image.new("RGB", (64, 64), "blue").save(data / "pictures/animal/1.jpg")
+        with pytest.raises(OSError, match="another result \\(source pictures differ\\)"):
+            evaluate(run)
+        file.unlink()
+        with pytest.raises(OSError, match="Its source picture has changed since: draw into another folder"):
+            evaluate(run)
+        assert len(server.requests) == 2
+        for picture in (tmp_path / "run/pictures").glob("*.png"):
+            Image.open(picture).save(picture)  # pictures from elsewhere do not say what they were drawn from
+        result, _ = evaluate(run)
+    assert result["scores"]["overall"]["value"] == 1.0 and len(server.requests) == 4  # old answers do not count
 
 
 def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):

@@ -44,11 +44,14 @@ def test_a_failure_on_another_rank_does_not_undo_an_answer(tmp_path):
 
 def test_lines_are_read_for_the_pictures_that_they_are_about(tmp_path):
     Details(tmp_path).add({"key": "1.png#0/2", "read": True})  # about nobody knows which
-    assert Details(tmp_path, pictures={"1.png": "aa"}).read() == Details(tmp_path, pictures={}).read() == {}
-    Details(tmp_path, pictures={"1.png": "aa"}).add({"key": "1.png#0/2", "read": True})
-    Details(tmp_path, pictures={"1.png": "bb"}).add({"key": "1.png#0/2", "read": None})
-    assert Details(tmp_path, pictures={"1.png": "aa"}).read()["1.png#0/2"]["read"] is True
-    assert Details(tmp_path, pictures={"1.png": "bb"}).read()["1.png#0/2"]["read"] is None
+    one, two = ({"1.png": {"picture": digest}} for digest in ("aa", "bb"))
+    edit = {"1.png": {"picture": "aa", "source": "cc"}}
+    assert Details(tmp_path, pictures=one).read() == Details(tmp_path, pictures={}).read() == {}
+    Details(tmp_path, pictures=one).add({"key": "1.png#0/2", "read": True})
+    Details(tmp_path, pictures=two).add({"key": "1.png#0/2", "read": None})
+    assert Details(tmp_path, pictures=one).read()["1.png#0/2"]["read"] is True
+    assert Details(tmp_path, pictures=two).read()["1.png#0/2"]["read"] is None
+    assert Details(tmp_path, pictures=edit).read() == {}
 
 
 def test_settings_may_be_repeated_but_not_changed(tmp_path):

@@ -109,6 +109,16 @@ def test_what_is_not_this_checkpoints_whole_result_stays_out(folder, pipeline, t
         card(folder, pipeline, tmp_path, content)
 
 
+def test_scores_of_the_shapes_world_are_of_these_weights(folder, pipeline, tmp_path, pytestconfig):
+    score = json.loads((pytestconfig.rootpath / "results/shapes/score.json").read_text())
+    assert f"{score['model']['overall']['value']:.3f} [" in card(folder, pipeline, tmp_path, score).text
+    with pytest.raises(ValueError, match="whose weights hash to ff"):
+        card(folder, pipeline, tmp_path, score | {"weights_sha256": {"transformer": "ff"}})
+    del score["weights_sha256"]
+    with pytest.raises(OSError, match="score the checkpoint again"):
+        card(folder, pipeline, tmp_path, score)
+
+
 @pytest.mark.parametrize(
     ("path", "public"),
     [

@@ -81,6 +81,13 @@ class Benchmark:
     subset: int | None = None
     data: BenchmarkData | None = None
 
+    def source_picture(self, drawing: Drawing) -> Path | None:
+        """The picture that an edit starts from; `None` for what is drawn from text alone."""
+        if drawing.source is None:
+            return None
+        assert self.data is not None
+        return self.data.picture(drawing.source)
+
     def describe(self) -> dict[str, Any]:
         """What a result file says of it."""
         return {

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..data.images import load_image
+from ..integrity import sha256
 from .benchmarks import METADATA_FILE, Benchmark, Drawing
 from .pipelines import call_arguments, call_defaults, draw_pictures
 from .results import record_software, write_settings, write_whole
@@ -101,7 +102,7 @@ def generate(
             continue
         prompts = [drawing.prompt for drawing in batch for _ in drawing.seeds]
         seeds = [number for drawing in batch for number in drawing.seeds]
-        sources = [source_picture(benchmark, drawing) for drawing in batch] if edits else None
+        sources = [load_image(path.read_bytes()) for d in batch if (path := benchmark.source_picture(d))] or None
         pictures: list[Image.Image] = []
         flags: list[bool] = []
         for start in range(0, len(prompts), batch_size):  # a grid may be more than a batch
@@ -160,19 +161,16 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def source_picture(benchmark: Benchmark, drawing: Drawing) -> Image.Image:
-    assert benchmark.data is not None and drawing.source is not None
-    return load_image(benchmark.data.picture(drawing.source).read_bytes())
-
-
 def as_png(picture: Image.Image, benchmark: Benchmark, drawing: Drawing, filtered: Sequence[bool]) -> bytes:
-    """A PNG that says itself what it is of: benchmark, item, prompt, seeds, and pictures that a filter took away."""
-    note = PngInfo()
+    """A PNG that says itself what it is of: benchmark, item, prompt, seeds, the picture that it edits, and those that a filter took
+    away."""
+    note, source = PngInfo(), benchmark.source_picture(drawing)
     content = {
         "benchmark": benchmark.name,
         "item": drawing.item,
         "prompt": drawing.prompt,
         "seeds": list(drawing.seeds),
+        "source": source and sha256(source),
     }
     note.add_itxt(NOTE, json.dumps(content | {"filtered": sum(filtered)}, ensure_ascii=False))
     buffer = io.BytesIO()

@@ -282,7 +282,7 @@ def prepare_judge(
     hashes = {path: sha256(file) for path, file in pictures.items() if file.is_file()}
     if len(hashes) == len(pictures) and kept_result(config, benchmark, hashes) is not None:
         return task, judge  # nothing will be asked
-    waiting = len(task.unanswered(Details(scorer_folder(config), pictures=hashes).read()))
+    waiting = len(task.unanswered(Details(scorer_folder(config), pictures=depends_on(benchmark, hashes)).read()))
     answered = len(task.keys) - waiting
     if config.max_requests is not None and waiting > config.max_requests:
         raise ValueError(
@@ -320,7 +320,7 @@ def score(
         check_how_drawn(config, generation, folder)
     target = scorer_folder(config)
     hashes = {path: sha256(file) for path, file in pictures.items()}
-    details = Details(target, group.rank, hashes)
+    details = Details(target, group.rank, depends_on(benchmark, hashes))
     counts: dict[str, int] = {}
     about: dict[str, Any]
     device = config.device if config.device is not None else rank_device(group)
@@ -404,6 +404,17 @@ def score(
     return result, target / RESULT
 
 
+def depends_on(benchmark: Benchmark, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What is seen in a picture, or answered about it, holds for these files alone: the picture and, of an edit, its source."""
+    depends = {}
+    for drawing in benchmark.drawings:
+        if drawing.path in hashes:
+            source = benchmark.source_picture(drawing)
+            own = {} if source is None else {"source": sha256(source)}
+            depends[drawing.path] = {"picture": hashes[drawing.path], **own}
+    return depends
+
+
 def begin_scoring(target: Path, about: Mapping[str, Any], benchmark: Benchmark):
     """Writes what every line of details depends on besides its picture, or checks that it is what they were begun with."""
     described = benchmark.describe()
@@ -467,11 +478,15 @@ def read_notes(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[dict[
     notes = []
     for drawing in benchmark.drawings:
         note = read_note(pictures[drawing.path])
-        for name, asked in (("benchmark", benchmark.name), ("item", drawing.item), ("prompt", drawing.prompt)):
-            if note is not None and note[name] != asked:
+        source = benchmark.source_picture(drawing)
+        asked = {"benchmark": benchmark.name, "item": drawing.item, "prompt": drawing.prompt}
+        asked |= {"source": sha256(source)} if source is not None else {}
+        for name, value in asked.items():
+            if note is not None and note.get(name) != value:
                 raise OSError(
-                    f"{pictures[drawing.path]} was drawn for the {name} {note[name]!r}, and {asked!r} is asked for. Prompts that were"
-                    " rewritten are given with --rewritten."
+                    f"{pictures[drawing.path]} was drawn for the {name} {note.get(name)!r}, and {value!r} is asked for."
+                    + (" Prompts that were rewritten are given with --rewritten." if name == "prompt" else "")
+                    + (" Its source picture has changed since: draw into another folder." if name == "source" else "")
                 )
         notes.append(note)
     return notes
@@ -508,6 +523,11 @@ def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | No
         )
 
 
+def source_hashes(files: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Of the pictures that are edited, in what is said of the authors' files; `None` where there are none."""
+    return None if files is None or files["pictures"] is None else files["pictures"]["sha256"]
+
+
 def kept_result(
     config: EvaluationConfig, benchmark: Benchmark, hashes: Mapping[str, str]
 ) -> tuple[dict[str, Any], Path] | None:
@@ -525,8 +545,12 @@ def kept_result(
         "benchmark": json.loads(json.dumps(benchmark.describe())),
         "pictures_sha256": hash_pictures(hashes),
         "unreadable": config.unreadable if config.benchmark in JUDGED else None,
+        "source pictures": source_hashes(benchmark.data.describe()) if benchmark.data is not None else None,
     }
-    found = there | {"unreadable": there["scorer"].get("unreadable")}
+    found = there | {
+        "unreadable": there["scorer"].get("unreadable"),
+        "source pictures": source_hashes(there.get("files")),
+    }
     differing = [name for name, value in asked.items() if found[name] != value]
     if differing:
         raise OSError(

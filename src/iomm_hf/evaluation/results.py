@@ -154,8 +154,9 @@ class Details:
     Args:
         folder (`Path`): Of the scorer.
         rank (`int`, *optional*, defaults to 0): Whose file is appended to.
-        pictures (`dict[str, str]`, *optional*): SHA-256 of each picture by its path. Lines then hold their picture's, and those about
-            other pictures, of whatever name, are not read. By default all are.
+        pictures (`dict[str, dict[str, str]]`, *optional*): By the path of each picture, what its lines depend on: SHA-256 of the
+            `picture` and, of an edit, of its `source`. Lines then hold that, and those about other pictures, of whatever name, are not
+            read. By default all are.
 
     Example:
 
@@ -168,7 +169,7 @@ class Details:
     ```
     """
 
-    def __init__(self, folder: Path, rank: int = 0, pictures: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path, rank: int = 0, pictures: Mapping[str, Mapping[str, str]] | None = None):
         self.folder = folder
         self.file = folder / f"details-{rank}.jsonl"
         self.pictures = pictures
@@ -182,7 +183,7 @@ class Details:
                 with self.file.open("a") as file:
                     file.write("\n")  # after half a line, which a killed run left
             self._begun = True
-        own = {} if self.pictures is None else {"picture": self.pictures[picture_of(line)]}
+        own = {} if self.pictures is None else self.pictures[picture_of(line)]
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **own}, ensure_ascii=False) + "\n")
 
@@ -197,8 +198,10 @@ class Details:
                     line = json.loads(content.decode())
                 except ValueError:  # not JSON, or cut inside a character
                     continue
-                if self.pictures is not None and line.get("picture") != self.pictures.get(picture_of(line), ""):
-                    continue
+                if self.pictures is not None:
+                    own = self.pictures.get(picture_of(line))
+                    if own is None or any(line.get(name) != value for name, value in own.items()):
+                        continue
                 before = lines.get(line["key"], {})
                 if line.get("read") is None and before.get("read") is not None:
                     continue

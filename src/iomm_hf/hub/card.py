@@ -274,7 +274,7 @@ def read_score(score: Path, folder: Path) -> tuple[list[EvalResult], dict[str, A
 
     Raises:
         `OSError`: the file is of another shape, or tells of a part of a benchmark only.
-        `ValueError`: the result is another generator's.
+        `ValueError`: the scores are another generator's.
     """
     scores = json.loads(score.read_text())
     if scores.get("schema") == SCHEMA:
@@ -282,6 +282,7 @@ def read_score(score: Path, folder: Path) -> tuple[list[EvalResult], dict[str, A
     reports = {name: value for name, value in scores.items() if isinstance(value, dict) and "overall" in value}
     if "model" not in reports:
         raise OSError(f"{score} holds no scores of `model`; give the score.json that recipes/score_shapes.py writes.")
+    check_generator(score, scores.get("weights_sha256"), folder)
     model = reports["model"]
     tasks = list(model["tasks"])
     steps, guidance = scores["num_inference_steps"], scores["guidance_scale"]
@@ -314,6 +315,17 @@ def read_score(score: Path, folder: Path) -> tuple[list[EvalResult], dict[str, A
     return results, {"name": "shapes", "about": about, "columns": ["overall", *tasks], "rows": rows}
 
 
+def check_generator(file: Path, scored: dict[str, str] | None, folder: Path):
+    """Refuses scores of other weights than the folder's generator, or that do not say of which."""
+    if scored is None:
+        raise OSError(f"{file} does not say of which weights it tells: score the checkpoint again.")
+    published = hash_weight_files(folder / "transformer")
+    if scored.get("transformer") != published:
+        raise ValueError(
+            f"{file} is of a generator whose weights hash to {scored.get('transformer')}, this checkpoint's to {published}."
+        )
+
+
 def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[EvalResult], dict[str, Any]]:
     """A result of `iomm-hf evaluate`, checked to be of this folder's generator and of a whole benchmark; see [`read_score`]."""
     benchmark, generation, counts, scorer = (result[name] for name in ("benchmark", "generation", "counts", "scorer"))
@@ -322,12 +334,7 @@ def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[
         raise OSError(f"{file} tells of {benchmark['items']} items of {name} only; a card takes whole benchmarks.")
     if generation is None:
         raise OSError(f"{file} does not know which model drew its pictures; a card takes results of this checkpoint.")
-    scored, published = (
-        generation["model"]["weights_sha256"].get("transformer"),
-        hash_weight_files(folder / "transformer"),
-    )
-    if scored != published:
-        raise ValueError(f"{file} is of a generator whose weights hash to {scored}, this checkpoint's to {published}.")
+    check_generator(file, generation["model"]["weights_sha256"], folder)
     dataset_type, dataset_name, metric_type, metric_name = BENCHMARKS[name]
     values = values_of(name, result["scores"])
     results = [
