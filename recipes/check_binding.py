@@ -13,7 +13,7 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.data.shapes import BOUND_TASKS, corpus_scene
 from iomm_hf.evaluation.binding import generator_binding, mllm_binding, reading
-from iomm_hf.training.checkpoints import write_json
+from iomm_hf.files import write_json
 
 
 @dataclass

@@ -12,9 +12,9 @@ from trl import TrlParser
 from iomm_hf.data.shapes import corpus_scene
 from iomm_hf.evaluation.captions import score_captions
 from iomm_hf.evaluation.shapes import Share
+from iomm_hf.files import write_json
 from iomm_hf.modeling_iomm import load_mllm, resolve_frozen
 from iomm_hf.processing_iomm import IOMMProcessor
-from iomm_hf.training.checkpoints import write_json
 
 
 @dataclass

@@ -12,7 +12,7 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.condition_use import measure_condition_use
-from iomm_hf.training.checkpoints import write_json
+from iomm_hf.files import write_json
 from iomm_hf.training.config import as_source
 
 

@@ -23,7 +23,7 @@ from iomm_hf.data.shapes import Background, Scene, corpus_scene, render
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.shapes import benchmark_plan, wilson_share
-from iomm_hf.training.checkpoints import write_json
+from iomm_hf.files import write_json
 
 
 STRIPES = np.array([(12, 20, 80), (0, 120, 130)])  # navy and teal, sRGB

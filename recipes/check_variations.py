@@ -14,7 +14,7 @@ from iomm_hf.data.images import resize_and_crop
 from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.variations import measure_variations
-from iomm_hf.training.checkpoints import write_json
+from iomm_hf.files import write_json
 from iomm_hf.training.config import as_source
 
 

@@ -38,10 +38,10 @@ from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
 from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, score_pictures
+from iomm_hf.files import write_json
 from iomm_hf.presets import get_preset
 from iomm_hf.shipped import shipped_model
 from iomm_hf.software import software
-from iomm_hf.training.checkpoints import write_json
 
 
 RECIPES = Path(__file__).parent

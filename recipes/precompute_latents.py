@@ -24,9 +24,9 @@ from trl import TrlParser
 from iomm_hf.data.cache import CACHE_COLUMN, CACHE_FILE, KEY_COLUMN, Cached, pack
 from iomm_hf.data.images import resize_and_crop, to_tensor
 from iomm_hf.data.streams import SampleStream
+from iomm_hf.files import write_json
 from iomm_hf.pipeline_iomm import IOMMPipeline
 from iomm_hf.presets import get_preset
-from iomm_hf.training.checkpoints import write_json
 from iomm_hf.training.config import as_source
 from iomm_hf.training.setup import FrozenParts, cache_identity, load_frozen_parts
 

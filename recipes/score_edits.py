@@ -18,7 +18,7 @@ from iomm_hf.data.shapes import render
 from iomm_hf.evaluation.edits import EditReport, draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.options import ScoringOptions
-from iomm_hf.training.checkpoints import write_json
+from iomm_hf.files import write_json
 
 
 @dataclass

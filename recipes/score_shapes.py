@@ -26,8 +26,8 @@ from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.options import ScoringOptions
 from iomm_hf.evaluation.pipelines import load_pipeline
 from iomm_hf.evaluation.shapes import ShapesReport, benchmark_plan, render_truth, score_pictures
+from iomm_hf.files import write_json
 from iomm_hf.pipeline_iomm import decode_latents, draw_latents
-from iomm_hf.training.checkpoints import write_json
 
 
 @dataclass

@@ -15,7 +15,8 @@ from trl import TrlParser
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.data.shapes import TASKS
-from iomm_hf.training.checkpoints import whole_folder, write_json
+from iomm_hf.files import write_json
+from iomm_hf.training.checkpoints import whole_folder
 
 
 LIMIT = 20e6  # bytes, of all files together

@@ -28,8 +28,9 @@ from iomm_hf.data.images import resize_and_crop, to_tensor
 from iomm_hf.data.shapes import COLORS, corpus_scene, render
 from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.shapes import score_image
+from iomm_hf.files import write_json
 from iomm_hf.tiny import tiny_vae
-from iomm_hf.training.checkpoints import whole_folder, write_json
+from iomm_hf.training.checkpoints import whole_folder
 from iomm_hf.training.config import as_source
 from iomm_hf.training.stage0 import Budget, check_budget
 

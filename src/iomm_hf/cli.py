@@ -1,8 +1,8 @@
 """The command line `iomm-hf`: one function a subcommand. Heavy imports wait inside, so that help comes at once."""
 
+import io
 import json
 import logging
-import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .files import write_whole
 
 
 if TYPE_CHECKING:
@@ -432,13 +434,11 @@ def draw(
         )[0]
         check_free(paths, overwrite)
     for path, drawn in zip(paths, pictures, strict=True):
-        # There whole or not at all.
-        temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+        encoded = io.BytesIO()
         try:
-            drawn.save(temporary, picture_format)
-            os.replace(temporary, path)
+            drawn.save(encoded, picture_format)
+            write_whole(path, encoded.getvalue())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             typer.echo(f"Error: {path} could not be written: {error}", err=True)
             raise typer.Exit(1) from None
     if not as_json:

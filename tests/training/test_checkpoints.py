@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from iomm_hf.training.checkpoints import remove_leftovers, whole_folder, write_json
+from iomm_hf.files import write_json
+from iomm_hf.training.checkpoints import remove_leftovers, whole_folder
 
 
 def write_whole(path: Path, content: str):

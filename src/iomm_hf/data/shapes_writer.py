@@ -18,6 +18,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import write_whole
 from .shapes import TASKS, corpus_scene, render
 
 
@@ -209,9 +210,7 @@ def write_shards(
         fields=fields,
         arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()).replace("'", '"'),
     )
-    temporary = folder / "README.md.tmp"
-    temporary.write_text(card, encoding="utf-8")
-    temporary.replace(card_path)
+    write_whole(card_path, card.encode())
     return shards
 
 

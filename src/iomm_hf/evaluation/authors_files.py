@@ -5,7 +5,6 @@ takes their place, offline or when an address has moved; files lie in it under t
 """
 
 import tarfile
-import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path, hf_hub_download
 
+from ..files import write_whole
 from ..integrity import sha256
 
 
@@ -144,7 +144,7 @@ class BenchmarkData:
         repository, archive, inner = IMGEDIT_PICTURES
         downloaded = Path(hf_hub_download(repository, archive, repo_type="dataset"))
         # The Hub's cache names snapshots by their commit.
-        self.write(self.folder / PICTURES_COMMIT, downloaded.parent.name.encode())
+        write_whole(self.folder / PICTURES_COMMIT, downloaded.parent.name.encode())
         with tarfile.open(downloaded) as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
@@ -152,14 +152,7 @@ class BenchmarkData:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None
-                self.write(self.folder / "pictures" / path.relative_to(inner), content.read())
-
-    def write(self, path: Path, content: bytes):
-        """A file whole or not at all, whoever else writes the same one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".writing-{uuid.uuid4().hex}")
-        partial.write_bytes(content)
-        partial.replace(path)
+                write_whole(self.folder / "pictures" / path.relative_to(inner), content.read())
 
     def describe(self) -> dict[str, Any]:
         """Repository, commit and the hashes of the files that were used; the same of source pictures, `None` where none were."""

@@ -19,10 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..data.images import load_image
+from ..files import write_whole
 from ..integrity import sha256
 from .benchmarks import METADATA_FILE, Benchmark, Drawing
 from .pipelines import call_arguments, call_defaults, draw_pictures
-from .results import record_software, write_settings, write_whole
+from .results import record_software, write_settings
 
 
 PICTURES = "pictures"  # the folder that official scorers read

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..files import write_whole
 from ..integrity import sha256
 from ..shipped import shipped_model
 from . import geneval
@@ -47,7 +48,6 @@ from .results import (
     read_software,
     record_software,
     write_settings,
-    write_whole,
 )
 from .shapes import report_verdicts, score_image
 

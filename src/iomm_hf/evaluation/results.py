@@ -6,9 +6,7 @@ after an interruption. `result.json` is written once, when nothing is missing, a
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..files import write_whole
 from ..software import software
 from .benchmarks import METADATA_FILE, Benchmark
 
@@ -39,20 +38,6 @@ PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "open
 
 class Incomplete(Exception):
     """Pictures, answers or items are missing, so there is no score."""
-
-
-def write_whole(path: Path, content: bytes, scratch: Path):
-    """Writes a file whole or not at all, by way of a scratch folder on the same disk: whoever lists the target's folder, such as an
-    official scorer, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.mkdir(parents=True, exist_ok=True)
-    temporary = scratch / f"{uuid.uuid4().hex}-{path.name}"
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def record_software(folder: Path, device: str | None):

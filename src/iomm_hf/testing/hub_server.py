@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
+from ..files import write_whole
 from .local_server import LocalServer
 
 
@@ -91,13 +92,6 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")  # other threads read meanwhile
-    partial_path.write_bytes(content)
-    os.replace(partial_path, path)
 
 
 class LocalHub(LocalServer):

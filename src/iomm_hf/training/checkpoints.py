@@ -7,7 +7,6 @@ and the generator's files are shared out among the ranks: none gathers the whole
 """
 
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from ..files import TEMPORARY, write_json
 from ..pipeline_iomm import IOMMPipeline
 from .module import IOMMTrainingModule, local_part
 
 
 STATE = "state"
 PREFIX = "checkpoint-"
-TEMPORARY = ".writing-"
 REPLACED = ".replaced-"
 
 
@@ -62,13 +61,6 @@ def bring_back(path: Path):
         shutil.rmtree(replaced, ignore_errors=True)
     elif replaced.exists():
         replaced.rename(path)
-
-
-def write_json(path: Path, content: Any):
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 @contextmanager

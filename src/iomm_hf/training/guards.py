@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
 
-from .checkpoints import TEMPORARY
+from ..files import TEMPORARY
 
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@
 started again by the same command ends with the same weights, averages, optimizer and data order as one never killed.
 """
 
+import io
 import json
 import logging
 import math
@@ -40,11 +41,11 @@ from ..data.sources import SourceConfig, hub_commits, pinned
 from ..data.streams import build_stream
 from ..evaluation.drawing import draw_plan
 from ..evaluation.shapes import benchmark_plan, score_pictures
+from ..files import write_json, write_whole
 from ..pipeline_iomm import IOMMPipeline
 from ..presets import get_preset
 from ..software import software
 from .checkpoints import (
-    TEMPORARY,
     checkpoint_name,
     ema_weights,
     keep_models_out,
@@ -55,7 +56,6 @@ from .checkpoints import (
     save_checkpoint,
     save_pipeline,
     whole_folder,
-    write_json,
 )
 from .config import LoraTrainingConfig, TrainingConfig, changed_settings
 from .guards import (
@@ -480,9 +480,7 @@ def keep_log_until(path: Path, step: int):
             break
         if row["step"] <= step:
             kept.append(line)
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
 def logged_losses(path: Path) -> list[float]:
@@ -538,14 +536,12 @@ def draw_validation(
         ).images
     if not accelerator.is_main_process:
         return
-    folder = output_dir / "samples"
-    folder.mkdir(exist_ok=True)
     columns = min(len(images), 8)
     images += [images[0].copy().point(lambda _: 255)] * (-len(images) % columns)  # white in the last row's gaps
-    temporary = folder / f"{TEMPORARY}step-{step:08d}.png"
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    grid.save(temporary, format="PNG")
-    temporary.replace(folder / f"step-{step:08d}.png")
+    png = io.BytesIO()
+    grid.save(png, format="PNG")
+    write_whole(output_dir / "samples" / f"step-{step:08d}.png", png.getvalue())
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":  # Accelerate's wrapper of it takes no pictures
             import trackio

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.shapes import TASKS
+from ..files import write_json
 from ..processing_iomm import IOMMProcessor
-from .checkpoints import whole_folder, write_json
+from .checkpoints import whole_folder
 
 
 def check_budget(minutes: float | None, **steps: int | None):
