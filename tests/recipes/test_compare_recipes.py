@@ -179,11 +179,12 @@ def test_arms_that_train_alike_share_their_score(module, config):
     ]
     assert len({file(*arm) for arm in same}) == 1
     names = [file(name, arm.label) for name, study in module.STUDIES.items() for arm in study.arms]
-    assert len(names) == 34 and len(set(names)) == 26
+    assert len(names) == 37 and len(set(names)) == 28
 
 
 @pytest.mark.parametrize(
-    "study", ["six_recipes", "editing", "condition", "adapter", "mask_mode", "mask_ratio", "mix_ratio", "pairs"]
+    "study",
+    ["six_recipes", "editing", "condition", "adapter", "queries", "mask_mode", "mask_ratio", "mix_ratio", "pairs"],
 )
 def test_every_arm_has_settings_that_its_recipe_takes(module, study):
     for arm in module.STUDIES[study].arms:
