@@ -153,7 +153,7 @@ def test_what_cannot_be_used_ends_with_two_and_says_why(tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "ask", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["generate", "edit", "ask", "evaluate", "demo", "publish", "publish-space"])
 def test_help_names_every_option_without_loading_torch(command):
     code = f"import sys; from iomm_hf.cli import app; sys.argv = ['iomm-hf', '{command}', '--help']\n"
     code += "try: app()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
@@ -161,8 +161,8 @@ def test_help_names_every_option_without_loading_torch(command):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
     )
     assert done.stdout.endswith("0 False\n"), done.stderr
-    wanted = {"ask": "--checkpoint", "demo": "--checkpoint"}.get(command, "--seed")
-    assert all(option in done.stdout for option in ("--device", "--json", wanted))
+    wanted = {"ask": "--device", "demo": "--device", "publish": "--licence", "publish-space": "--checkpoint"}
+    assert all(option in done.stdout for option in ("--json", wanted.get(command, "--seed")))
 
 
 def evaluate(output, *arguments: str):

@@ -167,6 +167,12 @@ def test_commands_are_understood_by_what_they_call(block, desk):
         check_command(words)
 
 
+def test_every_command_is_in_the_reference():
+    commands = typing.cast(typing.Any, typer.main.get_command(app)).commands
+    described = re.findall(r"^```{command} (.+)$", (DOCS / "reference/commands.md").read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(commands)
+
+
 @pytest.mark.parametrize("page", ["index", "how-it-works"])
 def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -182,6 +182,16 @@ def test_fused_unfused_and_unloaded(folder, scale):
     assert kept_weights[0] != weights[0] and kept_weights[1] != weights[1]
 
 
+def test_each_part_is_unfused_by_the_scale_that_it_was_fused_with(folder):
+    pipe = make_pipe()
+    pipe.load_lora_weights(folder / "both", adapter_name="both")
+    full = draw(pipe)
+    pipe.fuse_lora(["transformer"], lora_scale=0.5)
+    pipe.fuse_lora(["text_encoder"], lora_scale=2.0)
+    pipe.unfuse_lora()
+    assert torch.allclose(draw(pipe), full, atol=1e-4)
+
+
 def test_the_frozen_mllm_answers_as_before(folder, images):
     pipe = make_pipe()
     question = pipe.processor.encode([pipe.processor.understand("What is it?", images[0])])

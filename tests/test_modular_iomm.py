@@ -17,6 +17,10 @@ def test_blocks_draw_what_the_pipeline_draws(pipe, images):
     assert modular.transformer is pipe.transformer and modular.config.resolution == pipe.resolution
     with pytest.raises(ValueError, match="Give a `prompt`"):
         modular()
+    with pytest.raises(ValueError, match="`prompt` is blank"):
+        modular(prompt=" ")
+    with pytest.raises(ValueError, match="`image` has 1 entries, the others have 2"):
+        modular(prompt=["a star", "a heart"], image=[images[0]])
 
 
 def test_a_block_can_be_replaced(pipe):

@@ -114,6 +114,16 @@ def test_rescaling_gives_the_guided_velocity_the_spread_of_the_unguided_one():
     assert (spread[0.0] > 2 * spread[1.0]).all()
 
 
+def test_the_pipeline_rescales_as_far_as_it_is_told(pipe):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    steps = {
+        rescale: draw(pipe, "a star", latents=noise, steps=1, guidance_scale=5.0, guidance_rescale=rescale) - noise
+        for rescale in (0.0, 0.5, 1.0)
+    }
+    assert (steps[1.0] - steps[0.0]).abs().max() > 1e-4
+    assert torch.allclose(steps[0.5], (steps[0.0] + steps[1.0]) / 2, atol=1e-4)  # one step is linear in the velocity
+
+
 def test_guidance_interval_guides_its_steps_only_and_spares_the_rest(pipe):
     sizes = []
     hook = pipe.transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -239,7 +249,8 @@ def test_all_condition_rows_pad_both_branches(pipe):
 
 def test_sizes_default_to_the_trained_resolution_and_others_work(pipe):
     assert draw(pipe, "a star", output_type="pil")[0].size == (64, 64)
-    assert draw(pipe, "a star", height=32, width=96, output_type="pil")[0].size == (96, 32)
+    for width, height in ((96, 32), (32, 96)):
+        assert draw(pipe, "a star", height=height, width=width, output_type="pil")[0].size == (width, height)
 
 
 def test_latents_are_scaled_and_shifted_both_ways(pipe):
@@ -261,6 +272,16 @@ def test_joined_conditions_are_padded_with_hidden_rows():
     assert mask.tolist() == [[True, True, False], [True, True, False]]
     joined, mask = join_conditions(torch.ones(1, 2, 4), None, torch.ones(1, 2, 4), None)
     assert joined.shape == (2, 2, 4) and mask is None
+
+
+def test_conditions_without_a_row_or_parts_without_a_vae_are_refused(pipe):
+    embeds = torch.randn(2, 3, pipe.text_encoder.config.hidden_size)
+    mask = torch.tensor([[True, False, False], [False, False, False]])
+    with pytest.raises(ValueError, match="`prompt_embeds_mask` hides every row of an entry"):
+        draw(pipe, prompt_embeds=embeds, prompt_embeds_mask=mask)
+    without = IOMMPipeline(**pipe.components | {"vae": None})
+    with pytest.raises(ValueError, match="no vae or no transformer. One whose vae lies elsewhere"):
+        draw(without, "a star")
 
 
 def test_frozen_parts_left_out_come_back_from_their_references(pipe, tmp_path):

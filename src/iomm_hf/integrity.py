@@ -42,7 +42,7 @@ def check_files(folder: Path, parts: Collection[str]):
 
     Raises:
         `OSError`: a part is missing, holds a pickle, or has a truncated or missing shard; or one of its files, or the
-            index, is not as `SHA256SUMS` says.
+            index, is not as `SHA256SUMS` says, or not named there.
 
     Example:
 
@@ -79,8 +79,18 @@ def check_files(folder: Path, parts: Collection[str]):
                     )
     if not (folder / CHECKSUMS).is_file():
         return
-    for line in (folder / CHECKSUMS).read_text().splitlines():
-        expected, _, name = line.partition("  ")
+    lines = [line.partition("  ") for line in (folder / CHECKSUMS).read_text().splitlines()]
+    published = {name for _, _, name in lines}
+    for part in parts:
+        for file in (folder / part).rglob("*"):
+            name = file.relative_to(folder).as_posix()
+            # One more file can change what is loaded: an index that names other shards goes before the weights beside it.
+            if file.is_file() and file.suffix != CODE and name not in published:
+                raise OSError(
+                    f"{file} was not published: {CHECKSUMS} does not name it. Remove it, or download the folder again; if you"
+                    f" added it yourself, publish again or delete {CHECKSUMS}."
+                )
+    for expected, _, name in lines:
         file = folder / name
         if name not in {INDEX, *(f"{part}/{file.name}" for part in parts)} or file.suffix == CODE:
             continue  # not read here, so perhaps not fetched

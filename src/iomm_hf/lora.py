@@ -282,8 +282,9 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
         Raises:
             `ValueError`: an unknown part, or weights that are not finite.
         """
-        super().fuse_lora(components or self._lora_loadable_modules, lora_scale, safe_fusing, adapter_names)
-        self._fused_scale = lora_scale
+        components = components or self._lora_loadable_modules
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names)
+        self._fused_scales = getattr(self, "_fused_scales", {}) | dict.fromkeys(components, lora_scale)
 
     def unfuse_lora(self, components: list[str] | None = None):
         r"""
@@ -295,12 +296,13 @@ class IOMMLoraLoaderMixin(LoraBaseMixin):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         components = components or self._lora_loadable_modules
-        models = [model for model in (getattr(self, component) for component in components) if model is not None]
-        fused = [
-            model
-            for model in models
-            if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules())
-        ]
+        parts = {component: getattr(self, component) for component in components}
+        fused = {
+            component: model
+            for component, model in parts.items()
+            if model is not None
+            and any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules())
+        }
         super().unfuse_lora(components)
-        for model in fused:  # diffusers would leave their layers scaled
-            unscale_lora_layers(model, self._fused_scale)
+        for component, model in fused.items():  # diffusers would leave their layers scaled
+            unscale_lora_layers(model, self._fused_scales[component])

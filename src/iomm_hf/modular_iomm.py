@@ -21,7 +21,7 @@ from diffusers.modular_pipelines import (
 from PIL import Image
 
 from .modeling_iomm import IOMMConditionEncoder
-from .pipeline_iomm import PARTS, IOMMPipeline, decode_latents
+from .pipeline_iomm import PARTS, IOMMPipeline, as_picture_lists, decode_latents
 from .processing_iomm import IOMMProcessor
 
 
@@ -60,9 +60,9 @@ class IOMMConditionStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block = self.get_block_state(state)
-        if block.prompt is None and block.image is None:
-            raise ValueError("Give a `prompt`, an `image` or both.")
-        conditions = parts(components, "text_encoder", "processor").encode_prompt(
+        pipeline = parts(components, "text_encoder", "processor")
+        pipeline.check_conditions(block.prompt, as_picture_lists(block.image), block.negative_prompt)
+        conditions = pipeline.encode_prompt(
             prompt=block.prompt,
             image=block.image,
             negative_prompt=block.negative_prompt,

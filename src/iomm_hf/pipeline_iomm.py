@@ -293,7 +293,32 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if sigmas is not None and not (len(sigmas) and all(0 < sigma <= 1 for sigma in sigmas)):
             raise ValueError(f"sigmas must be noise levels above 0 and up to 1, got {sigmas}.")
         check_scheduler(self.scheduler, sigmas)
+        self.check_conditions(
+            prompt,
+            image,
+            negative_prompt,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+        )
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if image_guidance_scale is not None and (
+            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
+        ):
+            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
+    def check_conditions(
+        self,
+        prompt,
+        image: list[list[Image.Image]] | None,
+        negative_prompt,
+        prompt_embeds=None,
+        prompt_embeds_mask=None,
+        negative_prompt_embeds=None,
+        negative_prompt_embeds_mask=None,
+    ):
+        """Refuses what gives no condition for each picture, or not one for each."""
         if prompt_embeds is None and prompt is None and image is None:
             raise ValueError("Give a `prompt`, an `image`, both, or `prompt_embeds`.")
         if prompt_embeds is not None and (prompt is not None or image is not None):
@@ -313,6 +338,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 raise ValueError(
                     f"`{name}_mask` must have the shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
                 )
+            if mask is not None and not mask.bool().any(1).all():
+                raise ValueError(f"`{name}_mask` hides every row of an entry: nothing is left to draw from.")
             check_finite(name, embeds)
 
         negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
@@ -349,10 +376,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 raise ValueError(f"`prompt` is blank, got {text!r}; to vary a picture, leave it out.")
         if prompts is None and image is not None and not all(image):
             raise ValueError("Without a `prompt`, each entry of `image` must hold a picture.")
-        if image_guidance_scale is not None and (
-            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
-        ):
-            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
     @property
     def size_multiple(self) -> int:
@@ -468,11 +491,16 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             [`ImagePipelineOutput`] with `images`, or a tuple.
 
         Raises:
-            `ValueError`: sizes not divisible, no input, blank, empty or not finite input, inputs that do not fit together,
+            `ValueError`: no autoencoder or generator, sizes not divisible, no input, blank, empty or not finite input, inputs that do not fit together,
                 or a scheduler that does not integrate a velocity.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if self.vae is None or self.transformer is None:
+            raise ValueError(
+                "This pipeline has no vae or no transformer. One whose vae lies elsewhere on the Hub wants it as `vae=`, as its"
+                " card says; iomm_hf.IOMMPipeline.from_pretrained fetches it by itself."
+            )
         references = as_picture_lists(image)
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
@@ -854,7 +882,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
 def part_dtype(kwargs: dict[str, Any], part: str) -> torch.dtype | str | None:
     """What `from_pretrained` was told of one part's precision."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    return dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    return dtype.get(part, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
 
 
 def part_quantization(kwargs: dict[str, Any], part: str, is_diffusers: bool):

@@ -113,12 +113,10 @@ def test_every_session_that_drew_is_on_record(pipe, geneval, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_half(pipe, geneval, tmp_path, monkeypatch):
-    import iomm_hf.evaluation.results as results
-
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         draw(pipe, geneval, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

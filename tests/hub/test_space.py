@@ -29,7 +29,7 @@ def test_the_files_say_what_the_package_says(request):
     assert len(settings["short_description"]) <= 60  # the Hub refuses more
     constraints = dict(line.split("==") for line in (root / "constraints.txt").read_text().split("\n") if "==" in line)
     assert settings["sdk_version"] == constraints["gradio"]
-    assert "**Unofficial.**" in text and "not affiliated" in text and "No full-size weights" in text
+    assert "**Unofficial.**" in text and "not affiliated" in text and "no full-size weights" in text
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = [line for line in project["dependencies"] if not line.startswith("huggingface-hub")]
     lines = (FILES / "requirements.txt").read_text().splitlines()

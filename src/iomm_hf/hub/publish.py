@@ -185,7 +185,7 @@ def publish(
         revision=revision,
         commit_message="Publish with iomm-hf",
         # What an earlier checkpoint left, and nothing that its owner added
-        delete_patterns=[f"{part}/*" for part in (*PARTS, "samples")]
+        delete_patterns=[*(f"{part}/*" for part in PARTS), "samples/[0-9][0-9].png"]
         + [f".eval_results/{name}.yaml" for name in BENCHMARKS],
     )
 

@@ -6,4 +6,4 @@ from iomm_hf.demo.app import serve
 
 
 if __name__ == "__main__":
-    serve(os.environ.get("IOMM_CHECKPOINT"))
+    serve(os.environ.get("IOMM_CHECKPOINT") or None)
