@@ -92,7 +92,9 @@ def published(hub, client, run_folder, tmp_path_factory, request):
 
 
 def test_an_interrupted_upload_sends_nothing_twice_and_nothing_that_loading_does_not_need(hub, published):
-    assert len(published["sent"]) - 1 == len(set(published["sent"])) >= 4  # weights and pictures, the refused one twice
+    assert (
+        len(published["sent"]) - 1 == len(set(published["sent"])) >= 4
+    )  # weights and pictures, the refused one twice
     files = set(hub.resolve("user/shipped").files) - {".gitattributes"}
     assert files == {
         str(path.relative_to(published["folder"])) for path in published["folder"].rglob("*") if path.is_file()
