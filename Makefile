@@ -13,11 +13,12 @@ define compare
 	done; for pid in $$pids; do wait $$pid || exit 1; done
 endef
 
-.PHONY: help setup quickstart test test-slow reproduce-quick reproduce docs lint format clean
+.PHONY: help setup quickstart test test-docs test-slow reproduce-quick reproduce docs lint format clean
 
 help:
 	@echo "make quickstart  set up, train both stages of a tiny IOMM (about seven minutes), draw pictures"
 	@echo "make test        set up and run the tests (under ten minutes on two cores)"
+	@echo "make test-docs   run what the guides tell to run, from one to the next"
 	@echo "make test-slow   the longer checks as well"
 	@echo "make reproduce-quick  one seed of the six recipes (about 1.5 hours on two cores)"
 	@echo "make reproduce        every study, all seeds (about 9 hours); both go on where they were stopped"
@@ -38,6 +39,9 @@ quickstart: setup
 
 test: setup
 	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-docs: setup
+	$(RUN) $(BIN)/python -m pytest tests/test_docs.py -m slow
 
 test-slow: setup
 	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal
