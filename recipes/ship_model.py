@@ -32,7 +32,7 @@ tags: [iomm, shapes-world]
 
 A unified model of {millions:.1f}M weights that draws and describes coloured shapes at 64x64 px: a frozen InternVL ({mllm:.1f}M), an adapter
 ({adapter:.1f}M), a U-Net ({transformer:.1f}M) and an autoencoder ({vae:.1f}M), all trained by the recipes of
-iomm-hf on pictures that the package draws itself, on two CPU cores but for three minutes on a GPU. Every part is Apache-2.0.
+iomm-hf on pictures that the package draws itself, on two CPU cores but for five minutes on a GPU. Every part is Apache-2.0.
 
 **Unofficial.** An implementation of IOMM (Sun, Xie, Lin, CVPR 2026), not affiliated with the paper's authors. It knows nothing but
 eight shapes in eight colours and is evidence neither for nor against the paper.

@@ -21,7 +21,7 @@ from iomm_hf.modeling_iomm import draw_image_mask
 
 
 TASKS = ("two_object", "position", "color_attr", "counting")
-SCENE, SEED, STEPS = (7, 5), 2, 30
+SCENE, SEED, STEPS = (7, 2), 5, 30
 WIDTH, HEIGHT = 1120, 590
 MINUS = "\N{MINUS SIGN}"
 SHOWN_STEPS = (0, 8, 14, 19, 24, 30)  # of the drawing
@@ -205,16 +205,17 @@ def draw(example: Example, colors: dict[str, str]) -> str:
     svg.text(left + 72, row + 12, "image that is …”", 12, "muted")
     tokens.append((left + 72, "line"))
     x = left + 138
+    pitch = min(20, (right - 28 - x) / (len(seen) + 4))
     for cell in seen:
-        svg.picture(x, row - 9, 18, cell)
-        tokens.append((x + 9, "line"))
-        x += 20
+        svg.picture(x, row - 9, pitch - 2, cell)
+        tokens.append((x + pitch / 2 - 1, "line"))
+        x += pitch
     x += 12
-    queries = x + 38  # their middle
+    queries = x + 2 * pitch - 2  # their middle
     for _ in range(4):
         svg.dot(x + 8, row, 7, "trained", "trained_fill")
         tokens.append((x + 8, "trained"))
-        x += 20
+        x += pitch
     svg.box(left + 16, 138, right - left - 32, 84, edge="frozen", radius=8)
     svg.text((left + right) / 2, 176, "transformer layers, causal:", 16, "frozen", 600)
     svg.text((left + right) / 2, 196, "queries come last and see everything before them", 15, "muted")
