@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
@@ -179,11 +179,11 @@ def publish(
         raise ValueError(f"{repo_id} is there already and public. Make it private in its settings, or name another.")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    done = api.upload_folder(
+    done = upload(
+        api,
         repo_id=repo_id,
         folder_path=output,
         revision=revision,
-        commit_message="Publish with iomm-hf",
         # What an earlier checkpoint left, and nothing that its owner added
         delete_patterns=[*(f"{part}/*" for part in PARTS), "samples/[0-9][0-9].png"]
         + [f".eval_results/{name}.yaml" for name in BENCHMARKS],
@@ -192,6 +192,21 @@ def publish(
     # 3. What others will load
     load_back_in_a_fresh_process(repo_id, done.oid, samples[0], picture, num_inference_steps)
     return Published(output, repo_id, done.oid)
+
+
+def upload(api: HfApi, **folder) -> CommitInfo:
+    r"""
+    Uploads a folder; what has arrived before is not sent again.
+
+    Raises:
+        `OSError`: the upload broke off.
+    """
+    try:
+        return api.upload_folder(commit_message="Publish with iomm-hf", **folder)
+    except RuntimeError as error:  # the client's for a file, around the Hub's own
+        raise OSError(
+            f"{error} {error.__cause__ or ''} Start the same command again: what has arrived is kept."
+        ) from error
 
 
 def export(folder: Path, output: Path, pipeline: IOMMPipeline, include_frozen: bool) -> dict[str, Reference]:

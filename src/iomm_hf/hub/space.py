@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipeline_iomm import IOMMPipeline
-from .publish import Published, on_hub
+from .publish import Published, on_hub, upload
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -108,11 +108,11 @@ def publish_space(
         api.add_space_variable(repo_id, VARIABLE, checkpoint)
     elif VARIABLE in api.get_space_variables(repo_id):  # of an earlier call
         api.delete_space_variable(repo_id, VARIABLE)
-    done = api.upload_folder(
+    done = upload(
+        api,
         repo_id=repo_id,
         repo_type="space",
         folder_path=output,
-        commit_message="Publish with iomm-hf",
         delete_patterns=[f"{PACKAGE.name}/*"],  # what an earlier version had, and nothing that its owner added
     )
     return Published(output, repo_id, done.oid)
