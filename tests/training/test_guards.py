@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 
 from iomm_hf.training import PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.guards import SpikeGuard, StopSignals, check_strategy, hold_folder, take_over_fsdp
+from iomm_hf.training.guards import (
+    SpikeGuard,
+    StopSignals,
+    check_strategy,
+    hold_folder,
+    take_over_fsdp,
+    warn_of_short_notice,
+)
 
 
 MEASURED = ("images_per_second", "seconds_waiting")  # by the clock
@@ -225,3 +232,17 @@ def test_one_process_cannot_divide_the_weights(settings):
         train(PretrainConfig(**settings | {"fully_shard": True}))
     with pytest.raises(ValueError, match="turn off either it or fully_shard"):
         PretrainConfig(**settings | {"fully_shard": True, "compile": True})
+
+
+def test_slow_checkpoints_are_warned_of_where_a_launcher_kills(monkeypatch, caplog):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    warn_of_short_notice(26.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    warn_of_short_notice(10.0)
+    assert not caplog.records
+    warn_of_short_notice(26.0)
+    assert "took 26 s" in caplog.text and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=260" in caplog.text
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    warn_of_short_notice(26.0)
+    assert len(caplog.records) == 1

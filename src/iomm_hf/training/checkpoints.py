@@ -7,8 +7,9 @@ and the generator's files are shared out among the ranks: none gathers the whole
 """
 
 import json
+import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def whole_folder(path: Path, accelerator: Accelerator):
     accelerator.wait_for_everyone()
     try:
         yield temporary
+        write_through(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError | RuntimeError):  # torch reports a full disk as RuntimeError
@@ -88,8 +90,24 @@ def whole_folder(path: Path, accelerator: Accelerator):
         if path.exists():
             path.rename(path.with_name(REPLACED + path.name))
         temporary.rename(path)
+        flush(path.parent)
         bring_back(path)
     accelerator.wait_for_everyone()
+
+
+def write_through(folder: Path):
+    """Waits until a folder's files are on the disk: a renamed folder whose machine dies could hold empty ones."""
+    for path in [*folder.rglob("*"), folder]:
+        with suppress(FileNotFoundError):  # another rank's temporary name
+            flush(path)
+
+
+def flush(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -268,10 +268,36 @@ class SpikeGuard:
         if self.ratio and len(self.losses) == USUAL and loss > self.ratio * statistics.median(self.losses):
             raise FloatingPointError(
                 f"The loss leapt to {loss:.4g} before step {step}, from {statistics.median(self.losses):.4g} (median of"
-                f" {USUAL} rows of the log). The newest checkpoint is from before that row. Start again from it"
-                " with a lower learning_rate (--init_from, a new output_dir), or raise max_loss_ratio if this was expected."
+                f" {USUAL} rows of the log). Start again from a checkpoint of before that row"
+                " (--init_from, a new output_dir) with a lower learning_rate, or raise max_loss_ratio if this was expected."
             )
         self.losses.append(loss)
+
+
+def warn_of_short_notice(seconds: float):
+    r"""
+    Warns where torchrun's agent, which `accelerate launch` starts for several processes, would kill the ranks before a
+    checkpoint as slow as the last one is written.
+
+    Args:
+        seconds (`float`): That the last one took.
+
+    Example:
+
+    ```python
+    >>> from iomm_hf.training.guards import warn_of_short_notice
+    >>> warn_of_short_notice(0.5)
+    ```
+    """
+    notice = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and 2 * seconds > notice:
+        logger.warning(
+            "The checkpoint took %.0f s, and the launcher kills its processes %.0f s after SIGTERM or Ctrl-C: start it with"
+            " TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%d in its environment, or a stop may lose what came after the last checkpoint.",
+            seconds,
+            notice,
+            max(120, int(10 * seconds)),
+        )
 
 
 def leave_signals_to_main(worker: int):

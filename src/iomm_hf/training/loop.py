@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -66,6 +68,7 @@ from .guards import (
     hold_folder,
     leave_signals_to_main,
     take_over_fsdp,
+    warn_of_short_notice,
 )
 from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
@@ -104,7 +107,11 @@ def train(config: TrainingConfig) -> Path:
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tracker")),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # Ranks wait while the first one downloads the frozen parts or writes a checkpoint; NCCL's own limit is ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
     )
     check_strategy(accelerator, config.fully_shard)
     set_seed(config.seed)
@@ -287,17 +294,16 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
                     with (output_dir / "log.jsonl").open("a") as log:
                         log.write(json.dumps(row) + "\n")
 
+            paused = time.monotonic()
             if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
                 with ema_weights(ema, module), gathered(module):
                     draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
                 module.train()
-                clock = time.monotonic()
 
             if config.eval_every and step % config.eval_every == 0:
                 with ema_weights(ema, module), gathered(module):
                     evaluate(config, pipeline, module, accelerator, output_dir, step)
                 module.train()
-                clock = time.monotonic()
 
             signal = signals.received(accelerator)
             if step % config.save_every == 0 or step == config.max_steps or signal:
@@ -310,10 +316,12 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
                 }
                 rank_state = {"loader": loader.state_dict(), "skipped": skipped, "recent": recent}
                 path = output_dir / checkpoint_name(step)
+                began = time.monotonic()
                 save_checkpoint(path, accelerator, pipeline, module, optimizers, ema, rank_state, trainer_state)
                 if accelerator.is_main_process:
+                    warn_of_short_notice(time.monotonic() - began)
                     rotate(output_dir, config.keep_checkpoints)
-                clock = time.monotonic()
+            clock += time.monotonic() - paused  # speed is that of training alone
     progress.close()
     if signal is not None and step < config.max_steps:
         accelerator.free_memory(wrapped)
