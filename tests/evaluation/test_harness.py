@@ -177,24 +177,30 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
 
     def run(confirm=lambda cost: True, **more):
         options = {"data": tmp_path / "data", "limit": 8, "pictures": tmp_path / "given", **judge_of(server), **more}
-        options["judge_options"] = {"workers": 1}
+        options |= {"judge_options": {"workers": 1}, "judge_revision": "c0ffee"}
         return evaluate(config("wise-verified", tmp_path / "run", **options), confirm)
 
     with LocalJudge(respond) as server:
         server.fail_next("garbage")  # meets the first question, which is refused afterwards
         with pytest.raises(Incomplete, match="3 of 8 questions have no readable answer"):
             run()
-        folder = tmp_path / "run/scores/local-judge-1"
+        folder = tmp_path / "run/scores/local-judge-1-c0ffee"
         kept = Details(folder).read()
         told = {key: kept[key]["status"] for key in ("1.png", "126.png", "251.png", "376.png")}
         assert told == {"1.png": "failed", "126.png": "unreadable", "251.png": "cut off", "376.png": "answered"}
         assert kept["126.png"]["text"] == "It is lovely." and len(kept) == 8 and not (folder / "result.json").exists()
 
+        server.fail_next("garbage")  # what the server failed at is no low score
+        with pytest.raises(Incomplete, match="1 of 8 questions have no readable answer .*1 failed"):
+            run(unreadable="lowest")
+        assert not (folder / "result.json").exists()
+
         asked = len(server.requests)
         result, file = run(unreadable="lowest")
         assert len(server.requests) - asked == 3  # only what had no answer
         assert result["counts"]["refused"] == result["counts"]["unreadable"] == result["counts"]["cut off"] == 1
-        assert result["scorer"]["unreadable"] == "lowest" and result["counts"]["questions"] == 8
+        assert result["scorer"]["unreadable"] == "lowest" and result["scorer"]["revision_as_given"] == "c0ffee"
+        assert result["counts"]["questions"] == 8
         assert result["scores"]["categories"]["culture"]["value"] == 0.25
 
         # The result that is there is shown, or another one refused, before anything is asked or paid for.
@@ -446,6 +452,12 @@ def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
             evaluate(config("shapes", drawn, step="score", limit=2, arguments={}, seed=0))
     finally:
         (tmp_path / "generation.json").rename(drawn / "generation.json")
+
+
+@pytest.mark.parametrize("name", ["dpg", "geneval", "shapes"])
+def test_a_wording_that_would_not_be_asked_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"--wording replaces what wise, .* {name} has no such text"):
+        config(name, tmp_path, judge="j", wording=tmp_path / "mine.json")
 
 
 def test_given_pictures_are_not_told_how_they_were_drawn(tmp_path):

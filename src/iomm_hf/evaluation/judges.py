@@ -103,6 +103,7 @@ class EndpointJudge:
         workers (`int`, *optional*, defaults to 8): Requests under way at a time.
         requests_per_minute (`int`, *optional*): No more than these are begun in a minute, those that are asked again included.
         seed (`int`, *optional*, defaults to 0): Sent along; not every server minds it.
+        revision (`str`, *optional*): Commit of the model that is served there, as you know it: recorded, not checked.
         extra_body (`dict`, *optional*): Further fields of each request, such as vLLM's `{"chat_template_kwargs": {...}}`. `None` leaves one
             of ours out: `{"max_tokens": None, "max_completion_tokens": 2000, "temperature": None}` for models that refuse the first and last.
 
@@ -124,6 +125,7 @@ class EndpointJudge:
         workers: int = 8,
         requests_per_minute: int | None = None,
         seed: int = 0,
+        revision: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ):
         if not is_openai_available:
@@ -165,6 +167,7 @@ class EndpointJudge:
             "address": f"{parts.scheme}://{parts.netloc}{parts.path}",
             **{name: fields[name] for name in ("temperature", "seed", "max_tokens")},
             **({"extra_body": dict(extra)} if extra else {}),
+            **({"revision_as_given": revision} if revision is not None else {}),
         }
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:

@@ -223,28 +223,32 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
     Args:
         task ([`Judged`]): The questions.
         details ([`Details`]): The answers.
-        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": questions without a readable answer count as the
-            lowest score. The result says how many.
+        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": answers that cannot be read, refusals among them,
+            count as the lowest score. The result says how many. What failed or was never asked has no answer and stays missing.
 
     Returns:
         The scores, and counts of questions: `questions`, `answered`, `unreadable`, `refused`, `cut off`, `empty`, `failed`.
 
     Raises:
-        Incomplete: If a question has no readable answer and `unreadable` is "error"; asking again is the same call again.
+        Incomplete: If a question has no answer, or none that can be read and `unreadable` is "error"; asking again is the same call
+            again.
     """
     lines = details.read()
     values = {key: task.value(lines.get(key)) for key in task.keys}
-    lacking = [key for key, value in values.items() if value is None]
-    statuses = Counter(
-        "answered" if values[key] is not None else lines[key]["status"] if key in lines else "failed"
-        for key in task.keys
-    )
+    found = {
+        key: "answered" if value is not None else lines[key]["status"] if key in lines else "failed"
+        for key, value in values.items()
+    }
+    statuses = Counter(found.values())
+    bearable = {"answered"} if unreadable == "error" else set(STATUSES) - {"failed"}
+    lacking = sum(status not in bearable for status in found.values())
     counts = {"questions": len(task.keys)} | {status: statuses[status] for status in STATUSES}
-    if lacking and unreadable == "error":
+    if lacking:
         told = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "answered")
         raise Incomplete(
-            f"{len(lacking)} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
-            f" {details.folder}. The same command asks these again; --unreadable lowest counts them as the lowest score and says so."
+            f"{lacking} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
+            f" {details.folder}. The same command asks these again; --unreadable lowest counts answers that cannot be read as the lowest"
+            " score and says so, but not requests that failed."
         )
     return task.summarize({key: task.lowest if value is None else value for key, value in values.items()}), counts
 
