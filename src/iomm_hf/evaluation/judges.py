@@ -161,7 +161,7 @@ class EndpointJudge:
                 event_hooks={"request": [lambda request: pace.wait()]}
             ),  # retries too
         )
-        self.about = {
+        self.about: dict[str, Any] = {
             "kind": "endpoint",
             "judge": model,
             "address": f"{parts.scheme}://{parts.netloc}{parts.path}",
