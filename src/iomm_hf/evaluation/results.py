@@ -82,6 +82,29 @@ def changes_of_software(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def reservations(result: Mapping[str, Any]) -> list[str]:
+    """
+    What must be said beside a result's numbers: answers that counted as the lowest score, pictures that a filter took away, and changes
+    of what drew or looked.
+
+    Example:
+
+    ```python
+    >>> reservations({"counts": {"unreadable": 2, "refused": 1, "filtered": 4}, "generation": None, "scorer": {}})[0]
+    '3 questions without a readable answer counted as the lowest score (2 unreadable, 1 refused)'
+    ```
+    """
+    counts = result["counts"]
+    kinds = {kind: counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed")}
+    told = []
+    if any(kinds.values()):
+        each = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        told.append(f"{sum(kinds.values())} questions without a readable answer counted as the lowest score ({each})")
+    if counts.get("filtered"):
+        told.append(f"{counts['filtered']} pictures were taken away by the pipeline's filter")
+    return told + changes_of_software(result)
+
+
 def device_name(device: str) -> str:
     """A device's model where torch knows it, otherwise its kind; without a number, which differs between equal ones."""
     kind = torch.device(device).type

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .. import __version__
-from ..evaluation.results import SCHEMA, changes_of_software, values_of
+from ..evaluation.results import SCHEMA, reservations, values_of
 from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
 
@@ -360,7 +360,7 @@ def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[
         f" {generation['seed']}, prompts {'as published' if rewriting is None else 'rewritten by ' + rewriting['file']}, looked at by `{who}`"
         + (f" at `{commit}`" if commit else "")
         + {True: ", averaged weights", False: ", weights not averaged", None: ""}[generation["model"]["ema"]]
-        + "".join(f", {remark}" for remark in changes_of_software(result))
+        + "".join(f", {remark}" for remark in reservations(result))
         + f". Benchmark version `{benchmark['version']}`, prompts sha256 `{benchmark['prompts_sha256'][:16]}`, iomm-hf"
         f" {result['software']['versions']['iomm-hf']}."
     )
