@@ -435,6 +435,29 @@ def test_a_model_or_sampling_that_did_not_draw_the_pictures_is_refused(drawn, gi
         evaluate(config("shapes", drawn, limit=2, step="score", **given))
 
 
+def test_a_branch_stands_for_the_commit_that_drew_until_it_moves(hub, client, tmp_path):
+    commit = hub.commit_files("user/drawer", {"model_index.json": b"{}"})
+    model = {"name": "user/drawer", "revision": commit, "dtype": "float32", "ema": None}
+    generation = {"model": model, "seed": 0, "batch_size": 8, "defaults": {}, "arguments": {}}
+    (tmp_path / "generation.json").write_text(json.dumps(generation))
+    code = """
+from iomm_hf.evaluation.harness import EvaluationConfig, check_how_drawn
+folder = pathlib.Path(sys.argv[1])
+for revision in sys.argv[2:]:
+    config = EvaluationConfig("shapes", folder, step="score", checkpoint="user/drawer", revision=revision)
+    try:
+        check_how_drawn(config, json.loads((folder / "generation.json").read_text()), folder)
+    except OSError as error:
+        (folder / "refused").write_text(str(error))
+"""
+    home = hub.environment(tmp_path / "home")
+    client(home, code, str(tmp_path), "main", commit)
+    assert not (tmp_path / "refused").exists()
+    moved = hub.commit_files("user/drawer", {"model_index.json": b"[]"})
+    client(home, code, str(tmp_path), "main")
+    assert f"revision was {commit} and is now {moved}" in (tmp_path / "refused").read_text()
+
+
 def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
     options = {"limit": 2, "checkpoint": str(shipped_model()), "seed": 0, "dtype": "float32", "batch_size": 8}
     named, _ = evaluate(config("shapes", drawn, step="score", **options))

@@ -34,7 +34,7 @@ from .generation import PICTURES, SETTINGS, generate, read_note
 from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name, resolve_model
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
-from .pipelines import hash_parts, load_pipeline
+from .pipelines import fetch_index, hash_parts, load_pipeline
 from .results import (
     LOCAL,
     RESULT,
@@ -520,6 +520,10 @@ def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | No
         given["checkpoint"] = public_name(str(config.checkpoint))
         if Path(config.checkpoint).is_dir():  # a name that holds two folders' ends does not tell runs apart
             drawn["weights"], given["weights"] = model["weights_sha256"], hash_parts(Path(config.checkpoint))
+    if drawn["revision"] is not None and given.get("revision", drawn["revision"]) != drawn["revision"]:
+        given["revision"] = fetch_index(given.get("checkpoint", model["name"]), config.revision)[
+            1
+        ]  # of a branch or tag
     differing = [name for name, value in given.items() if drawn.get(name) != value]
     if differing:
         name = differing[0]
