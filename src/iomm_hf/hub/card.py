@@ -204,7 +204,12 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
             "pictures a second": f"{images / seconds:.1f}",
             "time": f"{seconds / 3600:.2f} hours by the clock in training steps, without set-up, evaluation and saving.",
         }
-    settings = started["config"] | {"versions": started["versions"], "commit": started["commit"]}
+    software = {
+        "versions": started["versions"],
+        "commit": started["commit"],
+        "modified": started.get("modified", False),
+    }
+    settings = started["config"] | software
     return settings, seen
 
 
@@ -218,7 +223,8 @@ def describe_settings(settings: dict[str, Any]) -> dict[str, str]:
     )
     rows = {name: f"`{settings[name]}`" for name in names.split() if settings.get(name) is not None}
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    return rows | {"software": versions, "commit": f"`{settings['commit']}`" if settings["commit"] else "not known"}
+    commit = f"`{settings['commit']}`" if settings["commit"] else "not known"
+    return rows | {"software": versions, "commit": commit + (", modified" if settings.get("modified") else "")}
 
 
 def describe_sources(settings: dict[str, Any]) -> tuple[str, list[str]]:
