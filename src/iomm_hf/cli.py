@@ -238,7 +238,7 @@ def report(
         from .evaluation.report import write_report
 
         typer.echo(write_report(results, output, name or None))
-    typer.echo(f"Wrote {output / 'report.md'} and its pictures")
+    typer.echo(f"Wrote {output / 'report.md'}" + (" and its pictures" if find_spec("matplotlib") is not None else ""))
 
 
 def named_values(option: str, texts: list[str]) -> dict[str, Any]:

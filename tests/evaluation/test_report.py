@@ -78,6 +78,7 @@ def test_results_that_do_not_compare_are_said_so(geneval, tmp_path, monkeypatch)
     other = save(tmp_path / "other", content)
     report = write_report([geneval, other], tmp_path / "b")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["report.md"]
+    assert "There are no plots, for matplotlib is not installed" in report
     assert "do not compare" in report and "guidance 3 (1)" in report and "guidance 3 (2)" in report
     with pytest.raises(ValueError, match="2 results need as many names, got 1"):
         write_report([geneval, other], tmp_path / "c", ["one"])

@@ -1,7 +1,7 @@
 """One report over any number of results: a table a benchmark, bars, a radar, and sheets of failures with what was seen.
 
 The paper's figures stand in columns marked "paper"; results that cannot be compared with each other (another detector, judge or
-prompts) are said to be so under the table. Plots need matplotlib (the `train` extra).
+prompts) are said to be so under the table. Plots need matplotlib (the `eval` extra); a report without them says so.
 """
 
 import json
@@ -83,6 +83,8 @@ def write_report(results: Sequence[str | Path], output: str | Path, names: Seque
         text = f"## {benchmark}\n\n{table(benchmark, rows)}\n{remarks(rows)}"
         if find_spec("matplotlib") is not None:
             text += plots(benchmark, rows, {name: file for name, (_, file) in chosen.items()}, output)
+        else:
+            text += "\nThere are no plots, for matplotlib is not installed: pip install 'iomm-hf[eval]'.\n"
         sections.append(text)
     report = "\n\n".join(sections) + "\n"
     (output / REPORT).write_text(f"# Report\n\n{report}", encoding="utf-8")
