@@ -15,7 +15,7 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
-from iomm_hf.evaluation.report import write_report
+from iomm_hf.evaluation.report import caption, looked_at, worst, write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
@@ -309,7 +309,7 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
         return "Yes" if red or "there" in question["text"] else "No."
 
     with LocalJudge(respond) as server:
-        result, _ = evaluate(
+        result, file = evaluate(
             config(
                 "dpg",
                 tmp_path / "run",
@@ -321,6 +321,11 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
         )
     assert len(server.requests) == 2 * 4 * 2 and result["scores"]["overall"]["value"] == 75.0
     assert server.requests[0]["messages"][0]["content"][0]["text"].endswith("Answer with yes or no.")
+    # The sheet of failures shows the one quarter that is not red, under the question.
+    failed = worst(Details(file.parent).read().values())
+    assert [(line["question"], line["quarter"]) for line in failed] == [("Is it red?", 3)] * 2
+    assert looked_at(failed[0], tmp_path / "given").getcolors() == [(256, (0, 0, 255))]
+    assert caption(failed[0], tmp_path / "given") == "Is it red? | answered: No."
 
 
 def imgedit_files(data: Path) -> Path:

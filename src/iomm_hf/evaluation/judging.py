@@ -41,6 +41,7 @@ class Judged:
         wording (`dict`): What a result says of the question's wording.
         characters (`int`): Length of all questions' texts, for an estimate of what asking costs.
         pictures_each (`int`): Pictures that go with a question.
+        about (`Callable[[str], dict]`, *optional*): What a line of details says of its question besides the answer.
     """
 
     read: Callable[[str], Any]
@@ -51,6 +52,7 @@ class Judged:
     wording: dict[str, Any]
     characters: int
     pictures_each: int = 1
+    about: Callable[[str], dict[str, Any]] = lambda key: {}
 
     def value(self, line: Mapping[str, Any] | None) -> Any:
         """What a line of details says, read anew from the raw answer; `None` where there is none, or it does not parse."""
@@ -138,7 +140,13 @@ def _dpg(benchmark: Benchmark, pictures: Mapping[str, Path]) -> Judged:
         return dpg.summarize(scores, len(benchmark.metadata))
 
     characters = sum(len(question.text) + 1 + len(DPG_ANSWER) for _, _, question in asked.values())
-    return Judged(dpg.read_answer, False, list(asked), build, summarize, {"added": DPG_ANSWER}, characters)
+
+    def about(key: str) -> dict[str, Any]:
+        _, number, question = asked[key]
+        return {"question": question.text, "quarter": number}
+
+    wording = {"added": DPG_ANSWER}
+    return Judged(dpg.read_answer, False, list(asked), build, summarize, wording, characters, about=about)
 
 
 def _wise(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> Judged:
@@ -213,7 +221,7 @@ def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_
         line = answer.to_dict()
         value = task.value(line)
         unreadable = answer.status == "answered" and value is None
-        details.add(line | ({"status": "unreadable"} if unreadable else {}) | {"read": value})
+        details.add(line | ({"status": "unreadable"} if unreadable else {}) | task.about(answer.key) | {"read": value})
 
 
 def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[dict[str, Any], dict[str, int]]:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..integrity import sha256
+from .dpg import cut_grid
 from .generation import PICTURES, read_note
 from .geneval_models import load_picture
 from .paper import PAPER
@@ -253,7 +254,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         for start in range(0, len(shown_lines), columns):
             part = shown_lines[start : start + columns]
             label = str(start + 1)
-            images = [with_boxes(load_picture(pictures / picture_of(line)), line) for line in part]
+            images = [with_boxes(looked_at(line, pictures), line) for line in part]
             rows[label] = images + [blank] * (columns - len(part))
             titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
         sheet = f"{benchmark}-failures-{number}.png"
@@ -305,6 +306,12 @@ def grade(line: Mapping[str, Any]) -> float:
     return math.fsum(numbers)
 
 
+def looked_at(line: Mapping[str, Any], pictures: Path) -> Image.Image:
+    """The picture that a line tells of, of a grid the quarter."""
+    picture = load_picture(pictures / picture_of(line))
+    return cut_grid(picture)[line["quarter"]] if "quarter" in line else picture
+
+
 def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
     """A picture with a frame around each object that counted, where a detector looked."""
     pen = ImageDraw.Draw(picture)
@@ -321,6 +328,6 @@ def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
 def caption(line: Mapping[str, Any], pictures: Path) -> str:
     """What was asked, and what the judge or the detector saw in it."""
     note = read_note(pictures / picture_of(line))
-    asked = line.get("prompt") or (note["prompt"] if note is not None else line["key"])
+    asked = line.get("question") or line.get("prompt") or (note["prompt"] if note is not None else line["key"])
     seen = line.get("reason") or f"{line.get('status', '')}: {line.get('text', '')}"
     return f"{asked[:90]} | {' '.join(seen.split())[:110]}"
