@@ -15,7 +15,7 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
-from iomm_hf.evaluation.report import caption, looked_at, worst, write_report
+from iomm_hf.evaluation.report import caption, looked_at, pictures_of, places_of, worst, write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
@@ -346,7 +346,7 @@ def imgedit_files(data: Path) -> Path:
 def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
     data = imgedit_files(tmp_path / "data")
     with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
-        result, _ = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
+        result, file = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
     assert result["scores"]["overall"]["value"] == 4.0 and result["counts"]["found"] == 2
     content = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
@@ -357,6 +357,13 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
         "commit": None,
         "sha256": source,
     }  # from a folder of one's own
+    # The sheet of failures shows what was edited on the left, unless it is another file by now.
+    line = Details(file.parent).read()["1.png"]
+    pictures, sources = tmp_path / "run/pictures", places_of(file)["sources"]
+    shown = looked_at(line, pictures, sources)
+    assert pictures_of(file) == pictures and shown.size == (128, 64) and shown.getpixel((8, 8))[1] > 100
+    assert looked_at(line | {"source": "another"}, pictures, sources).size == (64, 64)
+    assert str(tmp_path) not in file.read_text()
 
     prompts = data / REPOSITORIES["imgedit"].prompts[0]
     items = json.loads(prompts.read_text())

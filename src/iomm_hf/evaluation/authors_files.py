@@ -117,6 +117,11 @@ class BenchmarkData:
         """The file that words what the judge is asked."""
         return self.path(self.origin.wording)
 
+    @property
+    def pictures(self) -> Path:
+        """The folder of ImgEdit-Bench's source pictures."""
+        return self.folder / "pictures"
+
     def picture(self, name: str) -> Path:
         """
         A source picture of ImgEdit-Bench. The newest archive is fetched once, all pictures are taken out of it, and the data set's commit
@@ -129,7 +134,7 @@ class BenchmarkData:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name or not relative.parts:
             raise ValueError(f"A source picture is named {name!r}, which leads out of its folder.")
-        target = self.folder / "pictures" / relative
+        target = self.pictures / relative
         if not target.is_file():
             if self.given:
                 raise OSError(f"{self.folder} holds no pictures/{name}.")
@@ -153,7 +158,7 @@ class BenchmarkData:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None
-                write_whole(self.folder / "pictures" / path.relative_to(inner), content.read())
+                write_whole(self.pictures / path.relative_to(inner), content.read())
 
     def describe(self) -> dict[str, Any]:
         """Repository, commit and the hashes of the files that were used; the same of source pictures, `None` where none were."""

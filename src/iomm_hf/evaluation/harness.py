@@ -405,8 +405,11 @@ def score(
     )
     result = json.loads(as_json(result))
     write_whole(target / RESULT, as_json(result), target / ".writing")
-    if config.pictures is not None:
-        write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    places = {} if config.pictures is None else {"pictures": str(folder.resolve())}
+    if config.benchmark == "imgedit" and benchmark.data is not None:
+        places["sources"] = str(benchmark.data.pictures.resolve())
+    if places:
+        write_whole(target / LOCAL, as_json(places), target / ".writing")
     return result, target / RESULT
 
 

@@ -188,7 +188,11 @@ def _imgedit(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> 
     keys = [drawing.path for drawing in benchmark.drawings]
     characters = sum(len(wordings[row["edit_type"]]) + len(row["prompt"]) for row in benchmark.metadata.values())
     lowest = [1] * imgedit.SCORES
-    return Judged(imgedit.read_answer, lowest, keys, build, summarize, about_wording(file), characters, 2)
+
+    def about(key: str) -> dict[str, Any]:
+        return {"source_picture": benchmark.metadata[key.removesuffix(".png")]["id"]}
+
+    return Judged(imgedit.read_answer, lowest, keys, build, summarize, about_wording(file), characters, 2, about)
 
 
 def about_wording(file: Path) -> dict[str, str]:

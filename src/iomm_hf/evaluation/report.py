@@ -241,7 +241,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         text += f"\n![Parts of {benchmark}]({benchmark}-radar.png)\n"
     for number, (name, file) in enumerate(files.items()):
         lines = worst(Details(file.parent).read().values())
-        pictures = pictures_of(file)
+        pictures, sources = pictures_of(file), places_of(file).get("sources")
         if not lines or pictures is None:
             continue
         shown_lines = [line for line in lines[:SHEET] if is_about(line, pictures / picture_of(line))]
@@ -254,7 +254,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         for start in range(0, len(shown_lines), columns):
             part = shown_lines[start : start + columns]
             label = str(start + 1)
-            images = [with_boxes(looked_at(line, pictures), line) for line in part]
+            images = [with_boxes(looked_at(line, pictures, sources), line) for line in part]
             rows[label] = images + [blank] * (columns - len(part))
             titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
         sheet = f"{benchmark}-failures-{number}.png"
@@ -266,9 +266,14 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
 def pictures_of(file: Path) -> Path | None:
     """Where a result's pictures are: in its run's folder, wherever that was moved to, or where this machine noted that they came from."""
     run = file.resolve().parents[2] / PICTURES
-    local = file.parent / LOCAL
-    given = Path(json.loads(local.read_text())["pictures"]) if local.is_file() else run
+    given = places_of(file).get("pictures", run)
     return next((folder for folder in (given, run) if folder.is_dir()), None)
+
+
+def places_of(file: Path) -> dict[str, Path]:
+    """Folders of this machine that were noted beside a result."""
+    local = file.parent / LOCAL
+    return {name: Path(path) for name, path in json.loads(local.read_text()).items()} if local.is_file() else {}
 
 
 def is_about(line: Mapping[str, Any], picture: Path) -> bool:
@@ -306,10 +311,20 @@ def grade(line: Mapping[str, Any]) -> float:
     return math.fsum(numbers)
 
 
-def looked_at(line: Mapping[str, Any], pictures: Path) -> Image.Image:
-    """The picture that a line tells of, of a grid the quarter."""
+def looked_at(line: Mapping[str, Any], pictures: Path, sources: Path | None = None) -> Image.Image:
+    """What a line tells of: a picture, of a grid the quarter, of an edit its source beside it where that is still there."""
     picture = load_picture(pictures / picture_of(line))
-    return cut_grid(picture)[line["quarter"]] if "quarter" in line else picture
+    if "quarter" in line:
+        return cut_grid(picture)[line["quarter"]]
+    source = sources / line["source_picture"] if sources is not None and "source_picture" in line else None
+    if source is None or not source.is_file() or sha256(source) != line.get("source"):
+        return picture
+    before = load_picture(source)
+    before = before.resize((max(1, before.width * picture.height // before.height), picture.height))
+    both = Image.new("RGB", (before.width + picture.width, picture.height))
+    both.paste(before)
+    both.paste(picture, (before.width, 0))
+    return both
 
 
 def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
