@@ -35,6 +35,22 @@ def test_the_commit_is_the_packages_own_and_not_that_of_the_folder_around(tmp_pa
     assert runpy.run_path(str(copy))["software"](())["commit"] == theirs
 
 
+def test_changes_of_the_package_since_its_commit_are_told(tmp_path):
+    git(tmp_path, "init")
+    copy = tmp_path / "package/software.py"
+    copy.parent.mkdir()
+    shutil.copy(SOURCE, copy)
+    (tmp_path / "notes.md").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "a package")
+    (tmp_path / "notes.md").write_text("not the package's code")
+    (tmp_path / "package/untracked").write_text("")
+    clean = runpy.run_path(str(copy))["software"](())
+    assert clean["commit"] == git(tmp_path, "rev-parse", "HEAD") and "modified" not in clean
+    copy.write_text(copy.read_text() + "\n")
+    assert runpy.run_path(str(copy))["software"](()) == clean | {"modified": True}
+
+
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert software(("torch", "no-such-package"))["commit"] is None

@@ -150,14 +150,16 @@ def evaluate(
     judge_url: Annotated[
         str | None, typer.Option(help="Its OpenAI-compatible address. Without: a transformers model that runs here.")
     ] = None,
-    judge_revision: Annotated[str | None, typer.Option(help="Commit of a judge that runs here.")] = None,
+    judge_revision: Annotated[
+        str | None, typer.Option(help="Commit of a judge that runs here; of a served one, for the record.")
+    ] = None,
     judge_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE: workers, max_retries, requests_per_minute, max_tokens, ...")
     ] = [],  # noqa: B006
     wording: Annotated[
         Path | None, typer.Option(help="What the judge is asked, in place of the authors' words.")
     ] = None,
-    unreadable: Annotated[str, typer.Option(help="Answers that do not parse: error, or lowest score.")] = "error",
+    unreadable: Annotated[str, typer.Option(help="Answers that cannot be read: error, or lowest score.")] = "error",
     max_requests: Annotated[int | None, typer.Option(help="Refuse to send more requests than these.")] = None,
     price_in: Annotated[float | None, typer.Option(help="Of a million tokens read, to say what it costs.")] = None,
     price_out: Annotated[float | None, typer.Option(help="Of a million tokens written.")] = None,
@@ -236,7 +238,7 @@ def report(
         from .evaluation.report import write_report
 
         typer.echo(write_report(results, output, name or None))
-    typer.echo(f"Wrote {output / 'report.md'} and its pictures")
+    typer.echo(f"Wrote {output / 'report.md'}" + (" and its pictures" if find_spec("matplotlib") is not None else ""))
 
 
 def named_values(option: str, texts: list[str]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "data
 def software(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """
     Versions, `None` for packages that are not installed, and the commit of the git repository that this package runs out of;
-    `None` where it was installed without one, whatever repository lies around it.
+    `None` where it was installed without one, whatever repository lies around it. Where tracked files of the package differ from that
+    commit there is also `modified`, `True`.
 
     Example:
 
@@ -23,9 +24,11 @@ def software(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     ['no-such-package', 'python', 'torch']
     ```
     """
+    commit = own_commit()
     return {
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
-        "commit": own_commit(),
+        "commit": commit,
+        **({"modified": True} if commit is not None and is_modified() else {}),
     }
 
 
@@ -33,6 +36,12 @@ def own_commit() -> str | None:
     file = Path(__file__).resolve()
     tracked = ask_git(file.parent, "ls-files", "--error-unmatch", file.name)
     return None if tracked is None else ask_git(file.parent, "rev-parse", "HEAD")
+
+
+def is_modified() -> bool:
+    """Whether tracked files of this package are not as its commit has them."""
+    folder = Path(__file__).resolve().parent
+    return bool(ask_git(folder, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", "."))
 
 
 def ask_git(folder: Path, *arguments: str) -> str | None:

@@ -89,6 +89,14 @@ def test_verdicts_come_with_what_was_seen_and_colors_only_where_asked(models, im
     assert {item["label"] for item in seen["detections"]} == {item.label for item in found if item.score > 0.3}
 
 
+def test_the_size_at_which_pictures_are_looked_at_is_told(models):
+    size = models.detector_processor.size
+    told = (
+        f"by its processor to longest_edge {size['longest_edge']}, shortest_edge {size['shortest_edge']}, where mmdet"
+    )
+    assert told in models.about["differs_from_original"]
+
+
 def test_a_detector_of_other_classes_is_refused():
     names = dict(enumerate(CLASSES))
     assert class_names({**names, 56: "chair"}) == list(CLASSES)

@@ -15,7 +15,7 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
-from iomm_hf.evaluation.report import write_report
+from iomm_hf.evaluation.report import caption, looked_at, pictures_of, places_of, worst, write_report
 from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
@@ -177,24 +177,30 @@ def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
 
     def run(confirm=lambda cost: True, **more):
         options = {"data": tmp_path / "data", "limit": 8, "pictures": tmp_path / "given", **judge_of(server), **more}
-        options["judge_options"] = {"workers": 1}
+        options |= {"judge_options": {"workers": 1}, "judge_revision": "c0ffee"}
         return evaluate(config("wise-verified", tmp_path / "run", **options), confirm)
 
     with LocalJudge(respond) as server:
         server.fail_next("garbage")  # meets the first question, which is refused afterwards
         with pytest.raises(Incomplete, match="3 of 8 questions have no readable answer"):
             run()
-        folder = tmp_path / "run/scores/local-judge-1"
+        folder = tmp_path / "run/scores/local-judge-1-c0ffee"
         kept = Details(folder).read()
         told = {key: kept[key]["status"] for key in ("1.png", "126.png", "251.png", "376.png")}
         assert told == {"1.png": "failed", "126.png": "unreadable", "251.png": "cut off", "376.png": "answered"}
         assert kept["126.png"]["text"] == "It is lovely." and len(kept) == 8 and not (folder / "result.json").exists()
 
+        server.fail_next("garbage")  # what the server failed at is no low score
+        with pytest.raises(Incomplete, match="1 of 8 questions have no readable answer .*1 failed"):
+            run(unreadable="lowest")
+        assert not (folder / "result.json").exists()
+
         asked = len(server.requests)
         result, file = run(unreadable="lowest")
         assert len(server.requests) - asked == 3  # only what had no answer
         assert result["counts"]["refused"] == result["counts"]["unreadable"] == result["counts"]["cut off"] == 1
-        assert result["scorer"]["unreadable"] == "lowest" and result["counts"]["questions"] == 8
+        assert result["scorer"]["unreadable"] == "lowest" and result["scorer"]["revision_as_given"] == "c0ffee"
+        assert result["counts"]["questions"] == 8
         assert result["scores"]["categories"]["culture"]["value"] == 0.25
 
         # The result that is there is shown, or another one refused, before anything is asked or paid for.
@@ -303,7 +309,7 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
         return "Yes" if red or "there" in question["text"] else "No."
 
     with LocalJudge(respond) as server:
-        result, _ = evaluate(
+        result, file = evaluate(
             config(
                 "dpg",
                 tmp_path / "run",
@@ -315,6 +321,11 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
         )
     assert len(server.requests) == 2 * 4 * 2 and result["scores"]["overall"]["value"] == 75.0
     assert server.requests[0]["messages"][0]["content"][0]["text"].endswith("Answer with yes or no.")
+    # The sheet of failures shows the one quarter that is not red, under the question.
+    failed = worst(Details(file.parent).read().values())
+    assert [(line["question"], line["quarter"]) for line in failed] == [("Is it red?", 3)] * 2
+    assert looked_at(failed[0], tmp_path / "given").getcolors() == [(256, (0, 0, 255))]
+    assert caption(failed[0], tmp_path / "given") == "Is it red? | answered: No."
 
 
 def imgedit_files(data: Path) -> Path:
@@ -335,7 +346,7 @@ def imgedit_files(data: Path) -> Path:
 def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
     data = imgedit_files(tmp_path / "data")
     with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
-        result, _ = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
+        result, file = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
     assert result["scores"]["overall"]["value"] == 4.0 and result["counts"]["found"] == 2
     content = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
@@ -346,6 +357,13 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
         "commit": None,
         "sha256": source,
     }  # from a folder of one's own
+    # The sheet of failures shows what was edited on the left, unless it is another file by now.
+    line = Details(file.parent).read()["1.png"]
+    pictures, sources = tmp_path / "run/pictures", places_of(file)["sources"]
+    shown = looked_at(line, pictures, sources)
+    assert pictures_of(file) == pictures and shown.size == (128, 64) and shown.getpixel((8, 8))[1] > 100
+    assert looked_at(line | {"source": "another"}, pictures, sources).size == (64, 64)
+    assert str(tmp_path) not in file.read_text()
 
     prompts = data / REPOSITORIES["imgedit"].prompts[0]
     items = json.loads(prompts.read_text())
@@ -429,6 +447,29 @@ def test_a_model_or_sampling_that_did_not_draw_the_pictures_is_refused(drawn, gi
         evaluate(config("shapes", drawn, limit=2, step="score", **given))
 
 
+def test_a_branch_stands_for_the_commit_that_drew_until_it_moves(hub, client, tmp_path):
+    commit = hub.commit_files("user/drawer", {"model_index.json": b"{}"})
+    model = {"name": "user/drawer", "revision": commit, "dtype": "float32", "ema": None}
+    generation = {"model": model, "seed": 0, "batch_size": 8, "defaults": {}, "arguments": {}}
+    (tmp_path / "generation.json").write_text(json.dumps(generation))
+    code = """
+from iomm_hf.evaluation.harness import EvaluationConfig, check_how_drawn
+folder = pathlib.Path(sys.argv[1])
+for revision in sys.argv[2:]:
+    config = EvaluationConfig("shapes", folder, step="score", checkpoint="user/drawer", revision=revision)
+    try:
+        check_how_drawn(config, json.loads((folder / "generation.json").read_text()), folder)
+    except OSError as error:
+        (folder / "refused").write_text(str(error))
+"""
+    home = hub.environment(tmp_path / "home")
+    client(home, code, str(tmp_path), "main", commit)
+    assert not (tmp_path / "refused").exists()
+    moved = hub.commit_files("user/drawer", {"model_index.json": b"[]"})
+    client(home, code, str(tmp_path), "main")
+    assert f"revision was {commit} and is now {moved}" in (tmp_path / "refused").read_text()
+
+
 def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
     options = {"limit": 2, "checkpoint": str(shipped_model()), "seed": 0, "dtype": "float32", "batch_size": 8}
     named, _ = evaluate(config("shapes", drawn, step="score", **options))
@@ -446,6 +487,12 @@ def test_the_model_and_sampling_that_drew_may_be_named_again(drawn, tmp_path):
             evaluate(config("shapes", drawn, step="score", limit=2, arguments={}, seed=0))
     finally:
         (tmp_path / "generation.json").rename(drawn / "generation.json")
+
+
+@pytest.mark.parametrize("name", ["dpg", "geneval", "shapes"])
+def test_a_wording_that_would_not_be_asked_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"--wording replaces what wise, .* {name} has no such text"):
+        config(name, tmp_path, judge="j", wording=tmp_path / "mine.json")
 
 
 def test_given_pictures_are_not_told_how_they_were_drawn(tmp_path):

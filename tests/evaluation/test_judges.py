@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 
 import pytest
 from PIL import Image
@@ -89,6 +91,59 @@ def test_a_broken_server_is_given_up():
         with pytest.raises(ValueError, match="20 requests in a row failed"):
             list(judge.ask(questions(100)))
         assert len(server.requests) < 30
+
+
+def test_what_was_under_way_is_kept_when_asking_ends():
+    unreadable = threading.Event()
+
+    def asked():
+        yield from questions(2)
+        unreadable.set()
+        raise OSError("no picture")
+
+    answers = []
+    server = LocalJudge(lambda request: "yes" if unreadable.wait(timeout=30) else "")
+    with server, pytest.raises(OSError, match="no picture"):
+        for answer in EndpointJudge("local-judge-1", server.address, workers=3).ask(asked()):
+            answers.append((answer.key, answer.text))
+    assert sorted(answers) == [("0", "yes"), ("1", "yes")]
+
+
+def test_other_answers_are_kept_when_a_key_is_refused_on_the_way():
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next(401)
+        answers = []
+        with pytest.raises(ValueError, match="refuses the key"):
+            for answer in EndpointJudge("local-judge-1", server.address, workers=4).ask(questions(9)):
+                answers.append(answer.status)
+        assert answers == ["answered"] * (len(server.requests) - 1)
+
+
+def test_retries_are_paced_too():
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next(429, 429)
+        judge = EndpointJudge("local-judge-1", server.address, requests_per_minute=600)
+        began = time.monotonic()
+        [answer] = judge.ask(questions(1))
+    assert answer.status == "answered" and len(server.requests) == 3 and time.monotonic() - began >= 0.2
+
+
+def test_further_fields_are_sent_and_told_and_ours_can_be_left_out():
+    extra = {"max_tokens": None, "temperature": None, "max_completion_tokens": 9, "chat_template_kwargs": {"a": False}}
+    with LocalJudge(lambda request: "yes") as server:
+        judge = EndpointJudge("local-judge-1", server.address, extra_body=extra)
+        list(judge.ask(questions(1)))
+    [sent] = server.requests
+    assert sent["max_completion_tokens"] == 9 and sent["chat_template_kwargs"] == {"a": False} and sent["seed"] == 0
+    assert "max_tokens" not in sent and "temperature" not in sent
+    assert judge.about["extra_body"] == extra and judge.about["temperature"] is None and judge.max_tokens == 9
+    for wrong in ({"model": "x"}, {"stream": True}, "text"):
+        with pytest.raises(ValueError, match="extra_body must be fields other than"):
+            EndpointJudge("local-judge-1", server.address, extra_body=wrong)
+
+
+def test_a_server_of_ones_own_on_another_machine_needs_no_key():
+    assert EndpointJudge("judge", "http://gpu-node:8000/v1").about["address"] == "http://gpu-node:8000/v1"
 
 
 def test_wrong_key_and_unknown_model_end_at_once(monkeypatch):

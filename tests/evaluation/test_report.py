@@ -10,7 +10,7 @@ from PIL import Image
 from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
 from iomm_hf.evaluation.paper import PAPER
-from iomm_hf.evaluation.report import columns_of, pictures_of, write_report
+from iomm_hf.evaluation.report import columns_of, differences, pictures_of, write_report
 from iomm_hf.integrity import sha256
 
 
@@ -78,11 +78,37 @@ def test_results_that_do_not_compare_are_said_so(geneval, tmp_path, monkeypatch)
     other = save(tmp_path / "other", content)
     report = write_report([geneval, other], tmp_path / "b")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["report.md"]
+    assert "There are no plots, for matplotlib is not installed" in report
     assert "do not compare" in report and "guidance 3 (1)" in report and "guidance 3 (2)" in report
     with pytest.raises(ValueError, match="2 results need as many names, got 1"):
         write_report([geneval, other], tmp_path / "c", ["one"])
-    with pytest.raises(ValueError, match="Each result needs a name of its own; one stands for several"):
+    with pytest.raises(ValueError, match="Each result of a benchmark needs a name of its own; one stands for several"):
         write_report([geneval, other], tmp_path / "c", ["one", "one"])
+
+
+def test_a_model_keeps_its_name_over_benchmarks(geneval, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    dpg = save(tmp_path / "dpg", result("dpg", {"overall": {"value": 80.0}}, judge="j"))
+    report = write_report([geneval, dpg], tmp_path / "report")
+    assert cells(report, "geneval")[0] == cells(report, "dpg")[0] == "runs/mine, 30 steps, guidance 3"
+    report = write_report([geneval, dpg], tmp_path / "report", ["mine", "mine"])
+    assert cells(report, "geneval")[0] == cells(report, "dpg")[0] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differing"),
+    [
+        ({"clip": "a", "clip_revision": "1"}, {"clip": "a", "clip_revision": "2"}, ["clip_revision"]),
+        ({"detector_sha256": "1"}, {"detector_sha256": "2"}, ["detector_sha256"]),
+        ({"detector_sha256": "1"}, {}, []),  # older results do not say
+        ({"unreadable": "error"}, {"unreadable": "lowest"}, ["unreadable"]),
+        ({"wording": {"file": "a", "sha256": "1"}}, {"wording": {"file": "b", "sha256": "1"}}, []),
+        ({"wording": {"file": "a", "sha256": "1"}}, {"wording": {"file": "a", "sha256": "2"}}, ["wording"]),
+    ],
+)
+def test_what_results_must_share_to_compare(one, other, differing):
+    scores = {"overall": {"value": 80.0}}
+    assert differences([result("dpg", scores, **one), result("dpg", scores, **other)]) == differing
 
 
 def test_a_run_that_moved_is_shown_with_its_pictures_from_inside_its_folder_too(geneval, tmp_path, monkeypatch):
@@ -122,7 +148,7 @@ def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch
     content["generation"]["software"], content["scorer"]["software"] = [{"commit": "a"}, {"commit": "b"}], [{}]
     report = write_report([save(tmp_path / "a", content)], tmp_path / "report")
     assert "(only 2 items)" in report and "rewritten prompts, looked at by j" in report
-    assert "3 questions without an answer counted as the lowest score" in report
+    assert "3 questions without a readable answer counted as the lowest score (2 unreadable, 1 refused)" in report
     assert "; drawn by 2 different sets of packages, commit and device." in report
     assert "(paper) |" not in report.splitlines()[2]  # the paper has no row of the verified version
     assert cells(report, "culture") == ["0.250"]

@@ -134,6 +134,11 @@ def test_wise_reads_its_own_answers_only(version, text, value):
             [1, 4, 4],
         ),
         ("- **Style Fidelity**: 5/5\n- Content Preservation: 5 / 5\n- Rendering Quality: 4", [5, 5, 4]),
+        (
+            "1. Prompt Compliance: 5\n2) **Visual Seamlessness (Edge & Texture Blend)**: 4\n3. Fidelity (1-5): 3/5",
+            [5, 4, 3],
+        ),
+        ("**1. Compliance:** 5\n- 2. Seamlessness (edges): **4**\n(3) Fidelity: 3", [5, 4, 3]),
         ("Prompt Compliance: 6\nVisual Seamlessness: 4\nDetail: 4", None),
         ("Prompt Compliance: 0\nVisual Seamlessness: 4\nDetail: 4", None),
         ("A: 1\nB: 2\nC: 3\nD: 4", None),
@@ -161,3 +166,6 @@ def test_imgedit_wordings_are_those_of_the_types(tmp_path):
     assert imgedit.read_wordings(file, {"alter"}) == {"alter": "Grade <edit_prompt>."}
     with pytest.raises(ValueError, match="for edits of type action, style"):
         imgedit.read_wordings(file, {"style", "action", "adjust"})
+    file.write_text("[]")
+    with pytest.raises(ValueError, match='must be JSON of {"type of edit": "... <edit_prompt> ..."'):
+        imgedit.read_wordings(file, {"style"})

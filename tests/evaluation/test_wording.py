@@ -55,6 +55,21 @@ def test_what_cannot_be_read_says_what_to_give_instead(tmp_path, script, message
         read_wording(file)
 
 
+@pytest.mark.parametrize("content", ["{}", '[{"text": "Of {Prompt}?"}]', '[{"role": "user", "text": 1}]', "[1]"])
+def test_json_of_another_form_is_refused(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"mine.json must be JSON of \[{\"role\": \"system\""):
+        read_wording(file)
+
+
+def test_a_text_that_is_no_script_is_refused(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("Is it {Prompt}?")
+    with pytest.raises(ValueError, match="mine.txt is no Python .*, and no .json by its name"):
+        read_wording(file)
+
+
 def test_a_wording_of_ones_own(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([{"role": "system", "text": "Judge."}, {"role": "user", "text": "Of {Prompt}?"}]))

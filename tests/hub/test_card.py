@@ -79,6 +79,12 @@ def test_results_are_the_cards_metadata_and_tables(folder, pipeline, tmp_path):
         assert told in loaded.text
     assert "| runs/final | 0.833 |" in loaded.text and "| runs/final | 81.250 |" in loaded.text
     assert "No scores were given" not in loaded.text
+    dpg = result("dpg", dpg)
+    dpg["counts"] |= {"refused": 3, "filtered": 5}
+    told = card(folder, pipeline, tmp_path, dpg).text
+    assert (
+        "3 questions without a readable answer counted as the lowest score (3 refused), 5 pictures were taken" in told
+    )
 
 
 def test_no_scores_say_so_and_two_belong_to_no_one_leaderboard(folder, pipeline, tmp_path):

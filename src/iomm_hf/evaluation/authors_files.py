@@ -1,6 +1,7 @@
-"""Benchmark files that only their authors may hand out: fetched from them at pinned commits, once, and hashed.
+"""Benchmark files that only their authors may hand out: fetched from them once, and hashed.
 
-What could be read of them is said beside each commit; what could not is marked unverified. A folder of one's own (`--data`)
+Files on GitHub are fetched at pinned commits. ImgEdit-Bench's archive of source pictures, on the Hub, is not pinned, for nobody here has
+read any commit of it: the newest is fetched, and its commit is recorded beside the pictures and in results. What could be read of them is said beside each commit; what could not is marked unverified. A folder of one's own (`--data`)
 takes their place, offline or when an address has moved; files lie in it under their paths in the authors' repository.
 """
 
@@ -25,7 +26,7 @@ WISE_COMMIT = "0382b252d7f65bd18aba94a7e1af326c340e8327"
 WISE_VERIFIED_COMMIT = "d6bfe425fdd6ce98031e35b02bf967db487033a9"
 # Benchmark/Basic/basic_edit.json was read at this commit; prompts.json beside it: unverified.
 IMGEDIT_COMMIT = "c14480ac5e7b622e08cd8c46f96624a48eb9ab46"
-# Benchmark.tar with Benchmark/singleturn/<id> is what users of this data set name; the archive itself: unverified.
+# Benchmark.tar with Benchmark/singleturn/<id> is what users of this data set name; the archive itself: unverified, and so not pinned.
 IMGEDIT_PICTURES = ("sysuyy/ImgEdit", "Benchmark.tar", "Benchmark/singleturn")
 PICTURES_COMMIT = "pictures-commit"  # file that names the data set's commit, beside the pictures' folder
 
@@ -116,10 +117,15 @@ class BenchmarkData:
         """The file that words what the judge is asked."""
         return self.path(self.origin.wording)
 
+    @property
+    def pictures(self) -> Path:
+        """The folder of ImgEdit-Bench's source pictures."""
+        return self.folder / "pictures"
+
     def picture(self, name: str) -> Path:
         """
-        A source picture of ImgEdit-Bench. The archive is fetched once, all pictures are taken out of it, and the data set's commit is
-        written down beside them.
+        A source picture of ImgEdit-Bench. The newest archive is fetched once, all pictures are taken out of it, and the data set's commit
+        is written down beside them.
 
         Raises:
             OSError: If it is neither in the folder nor in the archive.
@@ -128,7 +134,7 @@ class BenchmarkData:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name or not relative.parts:
             raise ValueError(f"A source picture is named {name!r}, which leads out of its folder.")
-        target = self.folder / "pictures" / relative
+        target = self.pictures / relative
         if not target.is_file():
             if self.given:
                 raise OSError(f"{self.folder} holds no pictures/{name}.")
@@ -152,7 +158,7 @@ class BenchmarkData:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None
-                write_whole(self.folder / "pictures" / path.relative_to(inner), content.read())
+                write_whole(self.pictures / path.relative_to(inner), content.read())
 
     def describe(self) -> dict[str, Any]:
         """Repository, commit and the hashes of the files that were used; the same of source pictures, `None` where none were."""

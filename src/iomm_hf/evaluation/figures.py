@@ -1,4 +1,4 @@
-"""Pictures for people: sheets of drawings and curves of losses. Needs matplotlib (the `train` extra)."""
+"""Pictures for people: sheets of drawings and curves of losses. Needs matplotlib (the `train` and `eval` extras)."""
 
 import json
 import math

@@ -34,7 +34,7 @@ from .generation import PICTURES, SETTINGS, generate, read_note
 from .geneval_models import CLIP, DETECTOR, GenEvalModels, load_picture, public_name, resolve_model
 from .judges import EndpointJudge, Judge, TransformersJudge
 from .judging import Judged, add_up, ask_all, judged
-from .pipelines import hash_parts, load_pipeline
+from .pipelines import fetch_index, hash_parts, load_pipeline
 from .results import (
     LOCAL,
     RESULT,
@@ -54,7 +54,8 @@ from .shapes import report_verdicts, score_image
 
 SCORES = "scores"
 SCORER = "scorer.json"
-JUDGED = ("dpg", "wise", "wise-verified", "imgedit")
+WORDED = ("wise", "wise-verified", "imgedit")  # judged in words that can be replaced
+JUDGED = ("dpg", *WORDED)
 
 
 @dataclass
@@ -82,11 +83,12 @@ class EvaluationConfig:
         detector, detector_revision, clip, clip_revision (`str`, *optional*): What GenEval looks with.
         judge (`str`, *optional*): The judge's model. dpg, wise, wise-verified and imgedit need one to be named.
         judge_url (`str`, *optional*): Its OpenAI-compatible address. Without one it is a transformers model that runs here.
-        judge_revision (`str`, *optional*): Commit of a judge that runs here.
+        judge_revision (`str`, *optional*): Commit of a judge that runs here; of a served one it is recorded as given.
         judge_options (`dict`, *optional*): Further arguments of [`~iomm_hf.evaluation.judges.EndpointJudge`] or
             [`~iomm_hf.evaluation.judges.TransformersJudge`].
-        wording (`Path`, *optional*): What the judge is asked, in place of the authors' wording.
-        unreadable (`str`, *optional*, defaults to `"error"`): "error" or "lowest", for questions without a readable answer.
+        wording (`Path`, *optional*): What the judge is asked, in place of the authors' wording. Not for dpg, whose wording is its
+            questions.
+        unreadable (`str`, *optional*, defaults to `"error"`): "error" or "lowest", for answers that cannot be read.
         max_requests (`int`, *optional*): Refuse to ask more than these.
         prices (`tuple[float, float]`, *optional*): For a million tokens read and written, to say what asking costs.
     """
@@ -129,6 +131,10 @@ class EvaluationConfig:
             raise ValueError(
                 f"{self.benchmark} is scored by a judge, which has no default: name one with --judge MODEL, and with --judge-url"
                 " where it is served. --step generate draws without scoring."
+            )
+        if self.wording is not None and self.benchmark not in WORDED:
+            raise ValueError(
+                f"--wording replaces what {', '.join(WORDED)} ask a judge; {self.benchmark} has no such text."
             )
         kind = TransformersJudge if self.judge_url is None else EndpointJudge
         known = set(signature(kind).parameters) - {"model", "base_url", "revision", "device"}
@@ -276,7 +282,7 @@ def prepare_judge(
     if config.judge_url is None:
         resolve_model(config.judge, config.judge_revision)
         return task, None
-    judge = EndpointJudge(config.judge, config.judge_url, **config.judge_options)
+    judge = EndpointJudge(config.judge, config.judge_url, revision=config.judge_revision, **config.judge_options)
     if (scorer_folder(config) / SCORER).is_file():
         begin_scoring(scorer_folder(config), judge.about | {"wording": task.wording}, benchmark)
     hashes = {path: sha256(file) for path, file in pictures.items() if file.is_file()}
@@ -399,8 +405,11 @@ def score(
     )
     result = json.loads(as_json(result))
     write_whole(target / RESULT, as_json(result), target / ".writing")
-    if config.pictures is not None:
-        write_whole(target / LOCAL, as_json({"pictures": str(folder.resolve())}), target / ".writing")
+    places = {} if config.pictures is None else {"pictures": str(folder.resolve())}
+    if config.benchmark == "imgedit" and benchmark.data is not None:
+        places["sources"] = str(benchmark.data.pictures.resolve())
+    if places:
+        write_whole(target / LOCAL, as_json(places), target / ".writing")
     return result, target / RESULT
 
 
@@ -514,6 +523,10 @@ def check_how_drawn(config: EvaluationConfig, generation: Mapping[str, Any] | No
         given["checkpoint"] = public_name(str(config.checkpoint))
         if Path(config.checkpoint).is_dir():  # a name that holds two folders' ends does not tell runs apart
             drawn["weights"], given["weights"] = model["weights_sha256"], hash_parts(Path(config.checkpoint))
+    if drawn["revision"] is not None and given.get("revision", drawn["revision"]) != drawn["revision"]:
+        given["revision"] = fetch_index(given.get("checkpoint", model["name"]), config.revision)[
+            1
+        ]  # of a branch or tag
     differing = [name for name, value in given.items() if drawn.get(name) != value]
     if differing:
         name = differing[0]

@@ -14,7 +14,9 @@ from typing import Any
 
 
 SCORES = 3  # of each edit: what was asked, how it looks, what was kept; their names differ by type
-LINE = re.compile(r"[\W_]*([A-Za-z][\w &/-]*?)[\W_]*:[\W_]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?[\W_]*")
+LINE = re.compile(
+    r"[\W_]*(?:\d+[.)][\W_]*)?([A-Za-z][\w &/-]*?(?:[ *_]*\([^():]*\))?)[\W_]*:[\W_]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?[\W_]*"
+)
 PLACE_OF_PROMPT = "<edit_prompt>"  # where the judge's wording wants the instruction
 WORDING_NAMES = {"alter": "adjust", "adjust": "alter"}  # basic_edit.json was read with one, its README with the other
 
@@ -27,7 +29,9 @@ def read_wordings(file: Path, types: Collection[str]) -> dict[str, str]:
         ValueError: If a type has none, or one without a place for the instruction.
     """
     wordings = json.loads(file.read_text(encoding="utf-8"))
-    found = {name: wordings.get(name, wordings.get(WORDING_NAMES.get(name, ""))) for name in types}
+    if not isinstance(wordings, dict):
+        raise ValueError(f'{file} must be JSON of {{"type of edit": "... {PLACE_OF_PROMPT} ...", ...}}.')
+    found: dict[str, Any] = {name: wordings.get(name, wordings.get(WORDING_NAMES.get(name, ""))) for name in types}
     wrong = sorted(name for name, text in found.items() if not isinstance(text, str) or PLACE_OF_PROMPT not in text)
     if wrong:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Judges that look at pictures and answer in text: any OpenAI-compatible endpoint, vLLM included, or a transformers VLM here.
 
-A judge is named, asked at temperature 0, and everything that it says is kept. What is no answer counts as missing and never as a
-score: a refusal, an answer cut off at the limit, an empty one, an error after all retries. Keys come from the environment alone and
-are sent to the address that was named and to no other; no message, file or error holds one.
+A judge is named, asked at temperature 0 unless told otherwise, and everything that it says is kept. What is no answer counts as
+missing and never as a score: a refusal, an answer cut off at the limit, an empty one, an error after all retries. Keys come from the
+environment alone and are sent to the address that was named and to no other; no message, file or error holds one.
 """
 
 import base64
@@ -11,8 +11,8 @@ import ipaddress
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -96,17 +96,21 @@ class EndpointJudge:
         model (`str`): The model's name there; name a dated version where there is one.
         base_url (`str`): Such as `https://api.openai.com/v1`, or `http://127.0.0.1:8000/v1` of a local vLLM.
         key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): The environment variable that holds the key. An address on
-            this machine needs none.
+            this machine needs none, and one that begins with `http://` goes without.
         max_retries (`int`, *optional*, defaults to 6): For rate limits, server errors and cut connections, with growing pauses.
         timeout (`float`, *optional*, defaults to 120): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to 2000): Of one answer.
         workers (`int`, *optional*, defaults to 8): Requests under way at a time.
-        requests_per_minute (`int`, *optional*): No more than these are begun in a minute.
+        requests_per_minute (`int`, *optional*): No more than these are begun in a minute, those that are asked again included.
         seed (`int`, *optional*, defaults to 0): Sent along; not every server minds it.
+        revision (`str`, *optional*): Commit of the model that is served there, as you know it: recorded, not checked.
+        extra_body (`dict`, *optional*): Further fields of each request, such as vLLM's `{"chat_template_kwargs": {...}}`. `None` leaves one
+            of ours out: `{"max_tokens": None, "max_completion_tokens": 2000, "temperature": None}` for models that refuse the first and last.
 
     Raises:
         ImportError: If openai is not installed.
-        ValueError: If the address is none, needs a key that the environment lacks, or would get a key in clear text.
+        ValueError: If the address is none, needs a key that the environment lacks, or would get a key in clear text; if `extra_body`
+            names the model, the messages or a stream.
     """
 
     def __init__(
@@ -121,6 +125,8 @@ class EndpointJudge:
         workers: int = 8,
         requests_per_minute: int | None = None,
         seed: int = 0,
+        revision: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ):
         if not is_openai_available:
             raise ImportError("Judging through an endpoint needs openai. Install it with `pip install iomm-hf[eval]`.")
@@ -131,56 +137,81 @@ class EndpointJudge:
             )
         key = os.environ.get(key_variable)
         local = is_local(parts.hostname)
-        if not key and not local:
+        if not key and not local and parts.scheme == "https":
             raise ValueError(
                 f"{base_url} needs a key: set the environment variable {key_variable}, or name another one."
             )
         if key and parts.scheme == "http" and not local:
             raise ValueError(f"{base_url} would get the key of {key_variable} in clear text; use https, or unset it.")
-        self.model, self.max_tokens, self.workers, self.seed = model, max_tokens, workers, seed
+        extra = {} if extra_body is None else extra_body
+        if not isinstance(extra, Mapping) or {"model", "messages", "stream"} & set(extra):
+            raise ValueError(f"extra_body must be fields other than model, messages and stream, got {extra!r}.")
+        fields = {"temperature": 0, "seed": seed, "max_tokens": max_tokens, **extra}
+        self.model, self.workers = model, workers
+        self.max_tokens = fields.get("max_completion_tokens", max_tokens)
+        self.fields = {name: value for name, value in fields.items() if value is not None}
         self.device: str | None = None
-        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries, timeout=timeout)
-        self.pace = Pace(requests_per_minute)
-        self.about = {
+        pace = Pace(requests_per_minute)
+        self.client = openai.OpenAI(
+            api_key=key or "none",
+            base_url=base_url,
+            max_retries=max_retries,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [lambda request: pace.wait()]}
+            ),  # retries too
+        )
+        self.about: dict[str, Any] = {
             "kind": "endpoint",
             "judge": model,
             "address": f"{parts.scheme}://{parts.netloc}{parts.path}",
-            "temperature": 0,
-            "seed": seed,
-            "max_tokens": max_tokens,
+            **{name: fields[name] for name in ("temperature", "seed", "max_tokens")},
+            **({"extra_body": dict(extra)} if extra else {}),
+            **({"revision_as_given": revision} if revision is not None else {}),
         }
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:
         """
-        Answers as they come. Only as many questions are taken, and their pictures read, as are under way.
+        Answers as they come. Only as many questions are taken, and their pictures read, as are under way. What is under way when
+        something is raised is answered first.
 
         Raises:
             ValueError: If the key or the model is refused, or 20 requests in a row fail.
         """
         waiting = iter(questions)
         failures = 0
+        wrong: Exception | None = None
+        running: set[Future[Answer]] = set()
         with ThreadPoolExecutor(self.workers) as pool:
-            running = {pool.submit(self.ask_one, question) for question in islice(waiting, self.workers)}
-            while running:
+            while True:
+                try:
+                    for question in islice(waiting, self.workers - len(running) if wrong is None else 0):
+                        running.add(pool.submit(self.ask_one, question))
+                except Exception as error:  # a picture that cannot be read; others are being answered
+                    wrong = error
+                if not running:
+                    break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for request in done:
-                    answer = request.result()
-                    failures = failures + 1 if answer.status == "failed" else 0
+                    try:
+                        answer = request.result()
+                    except Exception as error:
+                        wrong = wrong or error
+                        continue
                     yield answer
-                    if failures >= MAX_FAILURES:
-                        raise ValueError(f"{failures} requests in a row failed; the last: {answer.text}")
-                    running |= {pool.submit(self.ask_one, question) for question in islice(waiting, 1)}
+                    failures = failures + 1 if answer.status == "failed" else 0
+                    if failures >= MAX_FAILURES and wrong is None:
+                        wrong = ValueError(f"{failures} requests in a row failed; the last: {answer.text}")
+        if wrong is not None:
+            raise wrong
 
     def ask_one(self, question: Question) -> Answer:
         """One request with its retries."""
-        self.pace.wait()
         try:
             reply = self.client.chat.completions.create(
                 model=self.model,
                 messages=[chat_message(message, question.pictures) for message in question.messages],  # type: ignore[misc]
-                temperature=0,
-                max_tokens=self.max_tokens,
-                seed=self.seed,
+                extra_body=self.fields,
             )
         except openai.AuthenticationError:
             raise ValueError(f"{self.about['address']} refuses the key that it was given.") from None

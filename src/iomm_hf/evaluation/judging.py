@@ -41,6 +41,7 @@ class Judged:
         wording (`dict`): What a result says of the question's wording.
         characters (`int`): Length of all questions' texts, for an estimate of what asking costs.
         pictures_each (`int`): Pictures that go with a question.
+        about (`Callable[[str], dict]`, *optional*): What a line of details says of its question besides the answer.
     """
 
     read: Callable[[str], Any]
@@ -51,6 +52,7 @@ class Judged:
     wording: dict[str, Any]
     characters: int
     pictures_each: int = 1
+    about: Callable[[str], dict[str, Any]] = lambda key: {}
 
     def value(self, line: Mapping[str, Any] | None) -> Any:
         """What a line of details says, read anew from the raw answer; `None` where there is none, or it does not parse."""
@@ -138,7 +140,13 @@ def _dpg(benchmark: Benchmark, pictures: Mapping[str, Path]) -> Judged:
         return dpg.summarize(scores, len(benchmark.metadata))
 
     characters = sum(len(question.text) + 1 + len(DPG_ANSWER) for _, _, question in asked.values())
-    return Judged(dpg.read_answer, False, list(asked), build, summarize, {"added": DPG_ANSWER}, characters)
+
+    def about(key: str) -> dict[str, Any]:
+        _, number, question = asked[key]
+        return {"question": question.text, "quarter": number}
+
+    wording = {"added": DPG_ANSWER}
+    return Judged(dpg.read_answer, False, list(asked), build, summarize, wording, characters, about=about)
 
 
 def _wise(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> Judged:
@@ -180,7 +188,11 @@ def _imgedit(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> 
     keys = [drawing.path for drawing in benchmark.drawings]
     characters = sum(len(wordings[row["edit_type"]]) + len(row["prompt"]) for row in benchmark.metadata.values())
     lowest = [1] * imgedit.SCORES
-    return Judged(imgedit.read_answer, lowest, keys, build, summarize, about_wording(file), characters, 2)
+
+    def about(key: str) -> dict[str, Any]:
+        return {"source_picture": benchmark.metadata[key.removesuffix(".png")]["id"]}
+
+    return Judged(imgedit.read_answer, lowest, keys, build, summarize, about_wording(file), characters, 2, about)
 
 
 def about_wording(file: Path) -> dict[str, str]:
@@ -213,7 +225,7 @@ def ask_all(task: Judged, judge: Judge, details: Details, *, rank: int = 0, num_
         line = answer.to_dict()
         value = task.value(line)
         unreadable = answer.status == "answered" and value is None
-        details.add(line | ({"status": "unreadable"} if unreadable else {}) | {"read": value})
+        details.add(line | ({"status": "unreadable"} if unreadable else {}) | task.about(answer.key) | {"read": value})
 
 
 def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[dict[str, Any], dict[str, int]]:
@@ -223,28 +235,32 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
     Args:
         task ([`Judged`]): The questions.
         details ([`Details`]): The answers.
-        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": questions without a readable answer count as the
-            lowest score. The result says how many.
+        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": answers that cannot be read, refusals among them,
+            count as the lowest score. The result says how many. What failed or was never asked has no answer and stays missing.
 
     Returns:
         The scores, and counts of questions: `questions`, `answered`, `unreadable`, `refused`, `cut off`, `empty`, `failed`.
 
     Raises:
-        Incomplete: If a question has no readable answer and `unreadable` is "error"; asking again is the same call again.
+        Incomplete: If a question has no answer, or none that can be read and `unreadable` is "error"; asking again is the same call
+            again.
     """
     lines = details.read()
     values = {key: task.value(lines.get(key)) for key in task.keys}
-    lacking = [key for key, value in values.items() if value is None]
-    statuses = Counter(
-        "answered" if values[key] is not None else lines[key]["status"] if key in lines else "failed"
-        for key in task.keys
-    )
+    found = {
+        key: "answered" if value is not None else lines[key]["status"] if key in lines else "failed"
+        for key, value in values.items()
+    }
+    statuses = Counter(found.values())
+    bearable = {"answered"} if unreadable == "error" else set(STATUSES) - {"failed"}
+    lacking = sum(status not in bearable for status in found.values())
     counts = {"questions": len(task.keys)} | {status: statuses[status] for status in STATUSES}
-    if lacking and unreadable == "error":
+    if lacking:
         told = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "answered")
         raise Incomplete(
-            f"{len(lacking)} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
-            f" {details.folder}. The same command asks these again; --unreadable lowest counts them as the lowest score and says so."
+            f"{lacking} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
+            f" {details.folder}. The same command asks these again; --unreadable lowest counts answers that cannot be read as the lowest"
+            " score and says so, but not requests that failed."
         )
     return task.summarize({key: task.lowest if value is None else value for key, value in values.items()}), counts
 

@@ -68,11 +68,7 @@ def load_pipeline(
         if not index.is_file():
             raise OSError(f"{folder} holds no {INDEX}; give a pipeline folder, such as final/ of a run, or a Hub id.")
     else:
-        try:
-            index = Path(hf_hub_download(str(checkpoint), INDEX, revision=revision))
-        except OSError as error:  # the Hub's client does not always say which id it misses
-            raise OSError(f"{checkpoint}: {error}") from error
-        commit = index.parent.name  # the Hub's cache names snapshots by their commit
+        index, commit = fetch_index(str(checkpoint), revision)
     named = json.loads(index.read_text())["_class_name"]
     named = named if isinstance(named, str) else named[-1]
     loader = IOMMPipeline if named == IOMMPipeline.__name__ else DiffusionPipeline
@@ -101,6 +97,20 @@ def load_pipeline(
         "ema": averaged(folder),
     }
     return pipeline, about
+
+
+def fetch_index(checkpoint: str, revision: str | None) -> tuple[Path, str]:
+    """
+    The index of a pipeline on the Hub, and the commit that a branch, tag or commit stands for there.
+
+    Raises:
+        OSError: If it is not found.
+    """
+    try:
+        index = Path(hf_hub_download(checkpoint, INDEX, revision=revision))
+    except OSError as error:  # the Hub's client does not always say which id it misses
+        raise OSError(f"{checkpoint}: {error}") from error
+    return index, index.parent.name  # the Hub's cache names snapshots by their commit
 
 
 def hash_parts(folder: Path) -> dict[str, str]:

@@ -1,27 +1,44 @@
 """One report over any number of results: a table a benchmark, bars, a radar, and sheets of failures with what was seen.
 
 The paper's figures stand in columns marked "paper"; results that cannot be compared with each other (another detector, judge or
-prompts) are said to be so under the table. Plots need matplotlib (the `train` extra).
+prompts) are said to be so under the table. Plots need matplotlib (the `eval` extra); a report without them says so.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from ..integrity import sha256
+from .dpg import cut_grid
 from .generation import PICTURES, read_note
 from .geneval_models import load_picture
 from .paper import PAPER
-from .results import LOCAL, PARTS, Details, changes_of_software, picture_of, read_result, values_of
+from .results import LOCAL, PARTS, Details, picture_of, read_result, reservations, values_of
 
 
 REPORT = "report.md"
 SHEET = 24  # failures shown
+# What results must share to compare: of the benchmark, of who looked, and of that what not every result says
+ASKED = ("version", "prompts_sha256", "rewriting", "subset")
+LOOKED = (
+    "kind",
+    "judge",
+    "revision",
+    "detector",
+    "detector_revision",
+    "clip",
+    "clip_revision",
+    "wording",
+    "extra_body",
+    "unreadable",
+)
+LOOKED_IF_KNOWN = ("revision_as_given", "weights_sha256", "detector_sha256", "clip_sha256")
 HIGHEST = {"dpg": 100.0, "imgedit": 5.0}  # of the others 1
 
 
@@ -32,36 +49,43 @@ def write_report(results: Sequence[str | Path], output: str | Path, names: Seque
     Args:
         results (`list[str | Path]`): `result.json` files of any benchmarks; sheets of failures need what lies beside them.
         output (`str` or `Path`): The folder to write to.
-        names (`list[str]`, *optional*): What to call each. By default the model's name and its sampling.
+        names (`list[str]`, *optional*): What to call each; results of different benchmarks may share one. By default the model's name and
+            its sampling.
 
     Returns:
         `str`: The tables, in Markdown.
 
     Raises:
         OSError: If a file is no result.
-        ValueError: If there are not as many names as results, or a name is given twice.
+        ValueError: If there are not as many names as results, or two of one benchmark share a name.
     """
     files = [Path(result) for result in results]
     if names is not None and len(names) != len(files):
         raise ValueError(f"{len(files)} results need as many names, got {len(names)}.")
-    repeated = sorted({name for name in names or () if names is not None and names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"Each result needs a name of its own; {', '.join(repeated)} stands for several.")
     loaded = [read_result(file) for file in files]
-    called = list(names) if names is not None else unique([name_of(result) for result in loaded])
+    numbers: dict[str, list[int]] = {}
+    for number, result in enumerate(loaded):
+        numbers.setdefault(result["benchmark"]["name"], []).append(number)
+    called = {
+        benchmark: [names[i] for i in own] if names is not None else unique([name_of(loaded[i]) for i in own])
+        for benchmark, own in numbers.items()
+    }
+    repeated = sorted({name for own in called.values() for name in own if own.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"Each result of a benchmark needs a name of its own; {', '.join(repeated)} stands for several."
+        )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     sections = []
-    for benchmark in dict.fromkeys(result["benchmark"]["name"] for result in loaded):
-        chosen = {
-            name: (result, file)
-            for name, result, file in zip(called, loaded, files, strict=True)
-            if result["benchmark"]["name"] == benchmark
-        }
+    for benchmark, own in numbers.items():
+        chosen = {name: (loaded[i], files[i]) for name, i in zip(called[benchmark], own, strict=True)}
         rows = {name: result for name, (result, _) in chosen.items()}
         text = f"## {benchmark}\n\n{table(benchmark, rows)}\n{remarks(rows)}"
         if find_spec("matplotlib") is not None:
             text += plots(benchmark, rows, {name: file for name, (_, file) in chosen.items()}, output)
+        else:
+            text += "\nThere are no plots, for matplotlib is not installed: pip install 'iomm-hf[eval]'.\n"
         sections.append(text)
     report = "\n\n".join(sections) + "\n"
     (output / REPORT).write_text(f"# Report\n\n{report}", encoding="utf-8")
@@ -81,10 +105,23 @@ def name_of(result: Mapping[str, Any]) -> str:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Names with numbers where they repeat."""
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)
-    ]
+    """
+    Names with numbers where they repeat.
+
+    Example:
+
+    ```python
+    >>> unique(["a", "b", "a", "a (1)"])
+    ['a (2)', 'b', 'a (3)', 'a (1)']
+    ```
+    """
+    taken, numbered = set(names), []
+    for name in names:
+        if names.count(name) > 1:
+            name = next(free for i in count(1) if (free := f"{name} ({i})") not in taken)
+            taken.add(name)
+        numbered.append(name)
+    return numbered
 
 
 def column_of(name: str, result: Mapping[str, Any]) -> str:
@@ -150,32 +187,39 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
             prompts = "prompts unknown"
         text = f"- {name}: {counts['found']:,} of {counts['expected']:,} files, {prompts}, looked at by {who}"
         text += f" at {commit}" if commit else ""
-        unread = sum(counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed"))
-        text += f"; {unread} questions without an answer counted as the lowest score" if unread else ""
-        text += (
-            f"; {counts['filtered']} pictures were taken away by the pipeline's filter" if counts["filtered"] else ""
-        )
-        text += "".join(f"; {remark}" for remark in changes_of_software(result))
+        text += "".join(f"; {remark}" for remark in reservations(result))
         lines.append(text + ".")
-    keys = [
-        (
-            result["benchmark"]["version"],
-            result["benchmark"]["prompts_sha256"],
-            str(result["benchmark"]["rewriting"]),
-            result["benchmark"]["subset"],
-            result["scorer"].get("judge"),
-            result["scorer"].get("revision"),
-            result["scorer"].get("detector"),
-            result["scorer"].get("detector_revision"),
-        )
-        for result in results.values()
-    ]
-    if len(set(keys)) > 1:
-        lines.append(
-            "- **These results differ in more than the model** (prompts, detector or judge) and do not compare."
-        )
+    differing = differences(list(results.values()))
+    if differing:
+        lines.append(f"- **These results differ in more than the model** ({', '.join(differing)}) and do not compare.")
     lines.append("- Columns marked (paper) were not measured here, and their judges and detectors need not be these.")
     return "\n".join(lines) + "\n"
+
+
+def differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """
+    Names of what differs between results besides the model and how it drew.
+
+    Example:
+
+    ```python
+    >>> about = {"version": "1", "prompts_sha256": "a", "rewriting": None, "subset": None}
+    >>> scorers = {"judge": "j", "unreadable": "error"}, {"judge": "j", "unreadable": "lowest", "weights_sha256": "b"}
+    >>> differences([{"benchmark": about, "scorer": scorer} for scorer in scorers])
+    ['unreadable']
+    ```
+    """
+    found: dict[str, set[str]] = {}
+    for result in results:
+        told = {name: result["benchmark"][name] for name in ASKED} | {
+            name: result["scorer"].get(name) for name in LOOKED
+        }
+        told |= {name: result["scorer"][name] for name in LOOKED_IF_KNOWN if name in result["scorer"]}
+        if told["wording"] is not None:  # the same words may lie in a file of another name
+            told["wording"] = {name: value for name, value in told["wording"].items() if name != "file"}
+        for name, value in told.items():
+            found.setdefault(name, set()).add(str(value))
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path], output: Path) -> str:
@@ -197,7 +241,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         text += f"\n![Parts of {benchmark}]({benchmark}-radar.png)\n"
     for number, (name, file) in enumerate(files.items()):
         lines = worst(Details(file.parent).read().values())
-        pictures = pictures_of(file)
+        pictures, sources = pictures_of(file), places_of(file).get("sources")
         if not lines or pictures is None:
             continue
         shown_lines = [line for line in lines[:SHEET] if is_about(line, pictures / picture_of(line))]
@@ -210,7 +254,7 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
         for start in range(0, len(shown_lines), columns):
             part = shown_lines[start : start + columns]
             label = str(start + 1)
-            images = [with_boxes(load_picture(pictures / picture_of(line)), line) for line in part]
+            images = [with_boxes(looked_at(line, pictures, sources), line) for line in part]
             rows[label] = images + [blank] * (columns - len(part))
             titles[label] = [caption(line, pictures) for line in part] + [""] * (columns - len(part))
         sheet = f"{benchmark}-failures-{number}.png"
@@ -222,9 +266,14 @@ def plots(benchmark: str, results: Mapping[str, Mapping[str, Any]], files: Mappi
 def pictures_of(file: Path) -> Path | None:
     """Where a result's pictures are: in its run's folder, wherever that was moved to, or where this machine noted that they came from."""
     run = file.resolve().parents[2] / PICTURES
-    local = file.parent / LOCAL
-    given = Path(json.loads(local.read_text())["pictures"]) if local.is_file() else run
+    given = places_of(file).get("pictures", run)
     return next((folder for folder in (given, run) if folder.is_dir()), None)
+
+
+def places_of(file: Path) -> dict[str, Path]:
+    """Folders of this machine that were noted beside a result."""
+    local = file.parent / LOCAL
+    return {name: Path(path) for name, path in json.loads(local.read_text()).items()} if local.is_file() else {}
 
 
 def is_about(line: Mapping[str, Any], picture: Path) -> bool:
@@ -262,6 +311,22 @@ def grade(line: Mapping[str, Any]) -> float:
     return math.fsum(numbers)
 
 
+def looked_at(line: Mapping[str, Any], pictures: Path, sources: Path | None = None) -> Image.Image:
+    """What a line tells of: a picture, of a grid the quarter, of an edit its source beside it where that is still there."""
+    picture = load_picture(pictures / picture_of(line))
+    if "quarter" in line:
+        return cut_grid(picture)[line["quarter"]]
+    source = sources / line["source_picture"] if sources is not None and "source_picture" in line else None
+    if source is None or not source.is_file() or sha256(source) != line.get("source"):
+        return picture
+    before = load_picture(source)
+    before = before.resize((max(1, before.width * picture.height // before.height), picture.height))
+    both = Image.new("RGB", (before.width + picture.width, picture.height))
+    both.paste(before)
+    both.paste(picture, (before.width, 0))
+    return both
+
+
 def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
     """A picture with a frame around each object that counted, where a detector looked."""
     pen = ImageDraw.Draw(picture)
@@ -278,6 +343,6 @@ def with_boxes(picture: Image.Image, line: Mapping[str, Any]) -> Image.Image:
 def caption(line: Mapping[str, Any], pictures: Path) -> str:
     """What was asked, and what the judge or the detector saw in it."""
     note = read_note(pictures / picture_of(line))
-    asked = line.get("prompt") or (note["prompt"] if note is not None else line["key"])
+    asked = line.get("question") or line.get("prompt") or (note["prompt"] if note is not None else line["key"])
     seen = line.get("reason") or f"{line.get('status', '')}: {line.get('text', '')}"
     return f"{asked[:90]} | {' '.join(seen.split())[:110]}"

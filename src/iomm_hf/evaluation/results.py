@@ -23,7 +23,7 @@ from .benchmarks import METADATA_FILE, Benchmark
 
 SCHEMA = "iomm-hf/evaluation/1"
 RESULT = "result.json"
-LOCAL = "local.json"  # where pictures that came from elsewhere are on this machine; stays on it
+LOCAL = "local.json"  # where pictures that came from elsewhere, and those that are edited, are on this machine; stays on it
 SOFTWARE = "software"  # folder of what worked on a run, beside its settings
 # Where scores hold what the overall one is made of
 PARTS = {
@@ -80,6 +80,29 @@ def changes_of_software(result: Mapping[str, Any]) -> list[str]:
         for done, count in counts.items()
         if count > 1
     ]
+
+
+def reservations(result: Mapping[str, Any]) -> list[str]:
+    """
+    What must be said beside a result's numbers: answers that counted as the lowest score, pictures that a filter took away, and changes
+    of what drew or looked.
+
+    Example:
+
+    ```python
+    >>> reservations({"counts": {"unreadable": 2, "refused": 1, "filtered": 4}, "generation": None, "scorer": {}})[0]
+    '3 questions without a readable answer counted as the lowest score (2 unreadable, 1 refused)'
+    ```
+    """
+    counts = result["counts"]
+    kinds = {kind: counts.get(kind, 0) for kind in ("unreadable", "refused", "cut off", "empty", "failed")}
+    told = []
+    if any(kinds.values()):
+        each = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        told.append(f"{sum(kinds.values())} questions without a readable answer counted as the lowest score ({each})")
+    if counts.get("filtered"):
+        told.append(f"{counts['filtered']} pictures were taken away by the pipeline's filter")
+    return told + changes_of_software(result)
 
 
 def device_name(device: str) -> str:

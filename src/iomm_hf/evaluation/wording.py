@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+OWN_WORDING = (
+    'JSON of [{"role": "system", "text": "..."}, {"role": "user", "text": "... {Prompt} ... {Explanation}"}].'
+)
+
+
 @dataclass(frozen=True)
 class Message:
     """One message to a judge: who speaks, the text, and whether pictures follow it."""
@@ -26,18 +31,25 @@ def read_wording(file: Path) -> list[Message]:
     Messages with `{field}` where an item's fields go, from the authors' script or from JSON of one's own.
 
     Raises:
-        ValueError: If there are none to be found.
+        ValueError: If there are none to be found, or the file is of another form.
     """
     source = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         rows = json.loads(source)
+        told = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        if not told or not all(isinstance(row.get(name), str) for row in rows for name in ("role", "text")):
+            raise ValueError(f"{file} must be {OWN_WORDING}")
         messages = [Message(row["role"], row["text"], row["role"] == "user") for row in rows]
     else:
-        messages = messages_of_script(source)
+        try:
+            messages = messages_of_script(source)
+        except SyntaxError as error:
+            raise ValueError(
+                f"{file} is no Python ({error}), and no .json by its name. A wording of one's own is {OWN_WORDING}"
+            ) from None
     if not any(message.has_pictures for message in messages):
         raise ValueError(
-            f"{file} holds no message with a picture that could be read. Give the judge's wording as JSON with --wording:"
-            ' [{"role": "system", "text": "..."}, {"role": "user", "text": "... {Prompt} ... {Explanation}"}].'
+            f"{file} holds no message with a picture that could be read. Give the judge's wording with --wording: {OWN_WORDING}"
         )
     return messages
 

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .. import __version__
-from ..evaluation.results import SCHEMA, changes_of_software, values_of
+from ..evaluation.results import SCHEMA, reservations, values_of
 from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
 
@@ -204,7 +204,12 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
             "pictures a second": f"{images / seconds:.1f}",
             "time": f"{seconds / 3600:.2f} hours by the clock in training steps, without set-up, evaluation and saving.",
         }
-    settings = started["config"] | {"versions": started["versions"], "commit": started["commit"]}
+    software = {
+        "versions": started["versions"],
+        "commit": started["commit"],
+        "modified": started.get("modified", False),
+    }
+    settings = started["config"] | software
     return settings, seen
 
 
@@ -218,7 +223,8 @@ def describe_settings(settings: dict[str, Any]) -> dict[str, str]:
     )
     rows = {name: f"`{settings[name]}`" for name in names.split() if settings.get(name) is not None}
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    return rows | {"software": versions, "commit": f"`{settings['commit']}`" if settings["commit"] else "not known"}
+    commit = f"`{settings['commit']}`" if settings["commit"] else "not known"
+    return rows | {"software": versions, "commit": commit + (", modified" if settings.get("modified") else "")}
 
 
 def describe_sources(settings: dict[str, Any]) -> tuple[str, list[str]]:
@@ -360,7 +366,7 @@ def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[
         f" {generation['seed']}, prompts {'as published' if rewriting is None else 'rewritten by ' + rewriting['file']}, looked at by `{who}`"
         + (f" at `{commit}`" if commit else "")
         + {True: ", averaged weights", False: ", weights not averaged", None: ""}[generation["model"]["ema"]]
-        + "".join(f", {remark}" for remark in changes_of_software(result))
+        + "".join(f", {remark}" for remark in reservations(result))
         + f". Benchmark version `{benchmark['version']}`, prompts sha256 `{benchmark['prompts_sha256'][:16]}`, iomm-hf"
         f" {result['software']['versions']['iomm-hf']}."
     )

@@ -458,7 +458,10 @@ def note_resumption(record: Path, step: int, before: dict[str, Any] | None, now:
     write_json(record, content)
     if before is None:  # an earlier version kept no account of it
         return
-    old, new = ({**part["versions"], "commit": part["commit"]} for part in (before, now))
+    old, new = (
+        {**part["versions"], "commit": part["commit"], "modified": part.get("modified", False)}
+        for part in (before, now)
+    )
     changes = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
     if changes:
         logger.warning(
