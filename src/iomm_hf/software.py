@@ -13,9 +13,9 @@ PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "data
 
 def software(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """
-    Versions, `None` for packages that are not installed, and the commit of the git repository that this package runs out of;
-    `None` where it was installed without one, whatever repository lies around it. Where tracked files of the package differ from that
-    commit there is also `modified`, `True`.
+    Versions, `None` for packages that are not installed, and the commit of the git repository that this package runs
+    out of; `None` where it was installed without one, whatever repository lies around it. Where tracked files of the
+    package differ from that commit there is also `modified`, `True`.
 
     Example:
 

@@ -1,8 +1,10 @@
 """Benchmark files that only their authors may hand out: fetched from them once, and hashed.
 
-Files on GitHub are fetched at pinned commits. ImgEdit-Bench's archive of source pictures, on the Hub, is not pinned, for nobody here has
-read any commit of it: the newest is fetched, and its commit is recorded beside the pictures and in results. What could be read of them is said beside each commit; what could not is marked unverified. A folder of one's own (`--data`)
-takes their place, offline or when an address has moved; files lie in it under their paths in the authors' repository.
+Files on GitHub are fetched at pinned commits. ImgEdit-Bench's archive of source pictures, on the Hub, is not pinned,
+for nobody here has read any commit of it: the newest is fetched, and its commit is recorded beside the pictures and
+in results. What could be read of them is said beside each commit; what could not is marked unverified. A folder of
+one's own (`--data`) takes their place, offline or when an address has moved; files lie in it under their paths in the
+authors' repository.
 """
 
 import tarfile
@@ -26,7 +28,8 @@ WISE_COMMIT = "0382b252d7f65bd18aba94a7e1af326c340e8327"
 WISE_VERIFIED_COMMIT = "d6bfe425fdd6ce98031e35b02bf967db487033a9"
 # Benchmark/Basic/basic_edit.json was read at this commit; prompts.json beside it: unverified.
 IMGEDIT_COMMIT = "c14480ac5e7b622e08cd8c46f96624a48eb9ab46"
-# Benchmark.tar with Benchmark/singleturn/<id> is what users of this data set name; the archive itself: unverified, and so not pinned.
+# Benchmark.tar with Benchmark/singleturn/<id> is what users of this data set name; the archive itself: unverified, so no
+# commit of it is pinned.
 IMGEDIT_PICTURES = ("sysuyy/ImgEdit", "Benchmark.tar", "Benchmark/singleturn")
 PICTURES_COMMIT = "pictures-commit"  # file that names the data set's commit, beside the pictures' folder
 
@@ -124,8 +127,8 @@ class BenchmarkData:
 
     def picture(self, name: str) -> Path:
         """
-        A source picture of ImgEdit-Bench. The newest archive is fetched once, all pictures are taken out of it, and the data set's commit
-        is written down beside them.
+        A source picture of ImgEdit-Bench. The newest archive is fetched once, all pictures are taken out of it, and
+        the data set's commit is written down beside them.
 
         Raises:
             OSError: If it is neither in the folder nor in the archive.

@@ -6,9 +6,9 @@ runs mmdet 2.27 and open_clip:
 - The detector is transformers' conversion of a Mask2Former by its first authors (Swin-S, COCO instances, 50 epochs) and not
   mmdet's own training of it (`mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`): other weights, so scores differ by some points
   and belong beside others of the same detector.
-- Pictures reach the detector at the size that the checkpoint's own processor decides, resized with PIL; mmdet's test pipeline keeps
-  their ratio, within 1333 x 800 pixels, and resizes with OpenCV. Masks are resized to the picture from the network's output
-  directly, mmdet resizes twice.
+- Pictures reach the detector at the size that the checkpoint's own processor decides, resized with PIL; mmdet's test
+  pipeline keeps their ratio, within 1333 x 800 pixels, and resizes with OpenCV. Masks are resized to the picture from
+  the network's output directly, mmdet resizes twice.
 - CLIP ViT-L/14 has the same weights in both libraries; pictures are resized by its processor with PIL, as in open_clip.
 
 Everything after the networks follows mmdet (read in open-mmlab/mmdetection,
@@ -106,8 +106,9 @@ class GenEvalModels:
             "clip": public_name(clip),
             "clip_revision": clip_commit,
             "clip_sha256": hash_weight_files(clip_folder),
-            "differs_from_original": "Mask2Former and CLIP run through transformers, not mmdet and open_clip: other detector weights;"
-            f" pictures reach the detector resized by its processor to {size}, where mmdet keeps their ratio within 1333 x 800",
+            "differs_from_original": "Mask2Former and CLIP run through transformers, not mmdet and open_clip: other"
+            f" detector weights; pictures reach the detector resized by its processor to {size}, where mmdet keeps"
+            " their ratio within 1333 x 800",
         }
 
     def score(self, picture: Image.Image, metadata: Mapping[str, Any]) -> dict[str, Any]:

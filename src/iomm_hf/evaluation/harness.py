@@ -86,8 +86,8 @@ class EvaluationConfig:
         judge_revision (`str`, *optional*): Commit of a judge that runs here; of a served one it is recorded as given.
         judge_options (`dict`, *optional*): Further arguments of [`~iomm_hf.evaluation.judges.EndpointJudge`] or
             [`~iomm_hf.evaluation.judges.TransformersJudge`].
-        wording (`Path`, *optional*): What the judge is asked, in place of the authors' wording. Not for dpg, whose wording is its
-            questions.
+        wording (`Path`, *optional*): What the judge is asked, in place of the authors' wording. Not for dpg, whose
+            wording is its questions.
         unreadable (`str`, *optional*, defaults to `"error"`): "error" or "lowest", for answers that cannot be read.
         max_requests (`int`, *optional*): Refuse to ask more than these.
         prices (`tuple[float, float]`, *optional*): For a million tokens read and written, to say what asking costs.

@@ -15,7 +15,8 @@ from typing import Any
 
 SCORES = 3  # of each edit: what was asked, how it looks, what was kept; their names differ by type
 LINE = re.compile(
-    r"[\W_]*(?:\d+[.)][\W_]*)?([A-Za-z][\w &/-]*?(?:[ *_]*\([^():]*\))?)[\W_]*:[\W_]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?[\W_]*"
+    r"[\W_]*(?:\d+[.)][\W_]*)?([A-Za-z][\w &/-]*?(?:[ *_]*\([^():]*\))?)[\W_]*:"
+    r"[\W_]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?[\W_]*"
 )
 PLACE_OF_PROMPT = "<edit_prompt>"  # where the judge's wording wants the instruction
 WORDING_NAMES = {"alter": "adjust", "adjust": "alter"}  # basic_edit.json was read with one, its README with the other

@@ -1,8 +1,9 @@
 """Judges that look at pictures and answer in text: any OpenAI-compatible endpoint, vLLM included, or a transformers VLM here.
 
-A judge is named, asked at temperature 0 unless told otherwise, and everything that it says is kept. What is no answer counts as
-missing and never as a score: a refusal, an answer cut off at the limit, an empty one, an error after all retries. Keys come from the
-environment alone and are sent to the address that was named and to no other; no message, file or error holds one.
+A judge is named, asked at temperature 0 unless told otherwise, and everything that it says is kept. What is no answer
+counts as missing and never as a score: a refusal, an answer cut off at the limit, an empty one, an error after all
+retries. Keys come from the environment alone and are sent to the address that was named and to no other; no message,
+file or error holds one.
 """
 
 import base64
@@ -101,16 +102,18 @@ class EndpointJudge:
         timeout (`float`, *optional*, defaults to 120): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to 2000): Of one answer.
         workers (`int`, *optional*, defaults to 8): Requests under way at a time.
-        requests_per_minute (`int`, *optional*): No more than these are begun in a minute, those that are asked again included.
+        requests_per_minute (`int`, *optional*): No more than these are begun in a minute, those that are asked again
+            included.
         seed (`int`, *optional*, defaults to 0): Sent along; not every server minds it.
         revision (`str`, *optional*): Commit of the model that is served there, as you know it: recorded, not checked.
-        extra_body (`dict`, *optional*): Further fields of each request, such as vLLM's `{"chat_template_kwargs": {...}}`. `None` leaves one
-            of ours out: `{"max_tokens": None, "max_completion_tokens": 2000, "temperature": None}` for models that refuse the first and last.
+        extra_body (`dict`, *optional*): Further fields of each request, such as vLLM's `chat_template_kwargs`. `None`
+            leaves one of ours out: models that refuse `max_tokens` or `temperature` take `None` for these, and
+            `max_completion_tokens`.
 
     Raises:
         ImportError: If openai is not installed.
-        ValueError: If the address is none, needs a key that the environment lacks, or would get a key in clear text; if `extra_body`
-            names the model, the messages or a stream.
+        ValueError: If the address is none, needs a key that the environment lacks, or would get a key in clear text;
+            if `extra_body` names the model, the messages or a stream.
     """
 
     def __init__(
@@ -172,8 +175,8 @@ class EndpointJudge:
 
     def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:
         """
-        Answers as they come. Only as many questions are taken, and their pictures read, as are under way. What is under way when
-        something is raised is answered first.
+        Answers as they come. Only as many questions are taken, and their pictures read, as are under way. What is
+        under way when something is raised is answered first.
 
         Raises:
             ValueError: If the key or the model is refused, or 20 requests in a row fail.

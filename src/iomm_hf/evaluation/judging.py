@@ -235,15 +235,16 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
     Args:
         task ([`Judged`]): The questions.
         details ([`Details`]): The answers.
-        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": answers that cannot be read, refusals among them,
-            count as the lowest score. The result says how many. What failed or was never asked has no answer and stays missing.
+        unreadable (`str`, *optional*, defaults to `"error"`): "error", or "lowest": answers that cannot be read,
+            refusals among them, count as the lowest score. The result says how many. What failed or was never asked
+            has no answer and stays missing.
 
     Returns:
         The scores, and counts of questions: `questions`, `answered`, `unreadable`, `refused`, `cut off`, `empty`, `failed`.
 
     Raises:
-        Incomplete: If a question has no answer, or none that can be read and `unreadable` is "error"; asking again is the same call
-            again.
+        Incomplete: If a question has no answer, or none that can be read and `unreadable` is "error"; asking again is
+            the same call again.
     """
     lines = details.read()
     values = {key: task.value(lines.get(key)) for key in task.keys}
@@ -258,9 +259,9 @@ def add_up(task: Judged, details: Details, unreadable: str = "error") -> tuple[d
     if lacking:
         told = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "answered")
         raise Incomplete(
-            f"{lacking} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers are in"
-            f" {details.folder}. The same command asks these again; --unreadable lowest counts answers that cannot be read as the lowest"
-            " score and says so, but not requests that failed."
+            f"{lacking} of {len(task.keys)} questions have no readable answer ({told}), so there is no score. All answers"
+            f" are in {details.folder}. The same command asks these again; --unreadable lowest counts answers that cannot"
+            " be read as the lowest score and says so, but not requests that failed."
         )
     return task.summarize({key: task.lowest if value is None else value for key, value in values.items()}), counts
 

@@ -49,8 +49,8 @@ def write_report(results: Sequence[str | Path], output: str | Path, names: Seque
     Args:
         results (`list[str | Path]`): `result.json` files of any benchmarks; sheets of failures need what lies beside them.
         output (`str` or `Path`): The folder to write to.
-        names (`list[str]`, *optional*): What to call each; results of different benchmarks may share one. By default the model's name and
-            its sampling.
+        names (`list[str]`, *optional*): What to call each; results of different benchmarks may share one. By default
+            the model's name and its sampling.
 
     Returns:
         `str`: The tables, in Markdown.
@@ -312,7 +312,7 @@ def grade(line: Mapping[str, Any]) -> float:
 
 
 def looked_at(line: Mapping[str, Any], pictures: Path, sources: Path | None = None) -> Image.Image:
-    """What a line tells of: a picture, of a grid the quarter, of an edit its source beside it where that is still there."""
+    """What a line tells of: a picture, of a grid the quarter, of an edit its source beside it where it is still there."""
     picture = load_picture(pictures / picture_of(line))
     if "quarter" in line:
         return cut_grid(picture)[line["quarter"]]

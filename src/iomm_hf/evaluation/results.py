@@ -23,7 +23,7 @@ from .benchmarks import METADATA_FILE, Benchmark
 
 SCHEMA = "iomm-hf/evaluation/1"
 RESULT = "result.json"
-LOCAL = "local.json"  # where pictures that came from elsewhere, and those that are edited, are on this machine; stays on it
+LOCAL = "local.json"  # where pictures from elsewhere, and those that are edited, are on this machine; stays on it
 SOFTWARE = "software"  # folder of what worked on a run, beside its settings
 # Where scores hold what the overall one is made of
 PARTS = {
@@ -84,8 +84,8 @@ def changes_of_software(result: Mapping[str, Any]) -> list[str]:
 
 def reservations(result: Mapping[str, Any]) -> list[str]:
     """
-    What must be said beside a result's numbers: answers that counted as the lowest score, pictures that a filter took away, and changes
-    of what drew or looked.
+    What must be said beside a result's numbers: answers that counted as the lowest score, pictures that a filter took
+    away, and changes of what drew or looked.
 
     Example:
 

@@ -49,7 +49,8 @@ def read_wording(file: Path) -> list[Message]:
             ) from None
     if not any(message.has_pictures for message in messages):
         raise ValueError(
-            f"{file} holds no message with a picture that could be read. Give the judge's wording with --wording: {OWN_WORDING}"
+            f"{file} holds no message with a picture that could be read. Give the judge's wording with --wording:"
+            f" {OWN_WORDING}"
         )
     return messages
 
