@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
@@ -159,7 +160,15 @@ def test_keyboard_alone(visit):
     expect(page.get_by_label("What to change")).to_be_visible()
 
 
-def test_stop(visit):
+@pytest.fixture
+def slowly():
+    """The model takes a tenth of a second longer for a step: long enough to be stopped on any machine."""
+    hook = model._pipeline.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    yield
+    hook.remove()
+
+
+def test_stop(visit, slowly):
     page = visit()
     thumbnails = page.locator(".drawn .gallery-item")
     page.get_by_role("button", name="Settings").locator("visible=true").click()
