@@ -370,7 +370,7 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
     def buttons(label: str) -> tuple[gr.Button, gr.Button, gr.HTML]:
         with gr.Row():
             run, stop = gr.Button(label, variant="primary", scale=3), gr.Button("Stop", min_width=80)
-        return run, stop, gr.HTML(elem_classes="status", min_height=8)
+        return run, stop, gr.HTML(elem_classes="status")
 
     with gr.Blocks(
         title="IOMM draws", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 3, KEPT_SECONDS)
