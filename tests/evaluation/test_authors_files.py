@@ -1,9 +1,17 @@
 """Files that come from their authors: fetched once, named by commit and hash, and whole whoever else fetches them."""
 
+import functools
 import hashlib
+import http.server
 import io
 import json
 import tarfile
+import threading
+
+import pytest
+
+from iomm_hf.evaluation import authors_files
+from iomm_hf.evaluation.authors_files import WISE_COMMIT, BenchmarkData
 
 
 FETCH = """
@@ -48,3 +56,38 @@ def test_ranks_unpack_the_source_pictures_at_once_and_say_which_they_are(hub, cl
     )
     assert refusals[1].startswith("ValueError") and "leads out of its folder" in refusals[1]
     assert files == sorted(f"animal/{number}.jpg" for number in range(40))  # nothing half, and nothing else
+
+
+@pytest.fixture
+def github(tmp_path, monkeypatch):
+    """A server in place of GitHub's, whose folder this is; fetched files go to a folder of the test's own."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    asked: list[str] = []
+    (tmp_path / "github").mkdir()
+    handler = functools.partial(Quiet, directory=str(tmp_path / "github"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(authors_files, "GITHUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(authors_files, "cached_assets_path", lambda *names: tmp_path.joinpath("assets", *names))
+    yield tmp_path / "github", asked
+    server.shutdown()
+
+
+def test_files_are_fetched_once_at_their_commit(github):
+    served, asked = github
+    file = served / "PKU-YuanGroup/WISE" / WISE_COMMIT / "gpt_eval.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("wording")
+    for _ in range(2):
+        data = BenchmarkData("wise")
+        assert data.wording.read_text() == "wording"
+    assert len(set(asked)) == 1 and data.describe()["sha256"] == {
+        "gpt_eval.py": hashlib.sha256(b"wording").hexdigest()
+    }
+    with pytest.raises(OSError, match="could not be fetched: .*404.*Fetch it by hand and give its folder with --data"):
+        data.path("data/natural_science.json")
+    assert not (data.folder / "data/natural_science.json").exists()

@@ -33,6 +33,8 @@ IMGEDIT_COMMIT = "c14480ac5e7b622e08cd8c46f96624a48eb9ab46"
 IMGEDIT_PICTURES = ("sysuyy/ImgEdit", "Benchmark.tar", "Benchmark/singleturn")
 PICTURES_COMMIT = "pictures-commit"  # file that names the data set's commit, beside the pictures' folder
 
+GITHUB = "https://raw.githubusercontent.com"
+
 WISE_FILES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 
 
@@ -103,7 +105,7 @@ class BenchmarkData:
                 raise OSError(
                     f"{self.folder} holds no {file}, which {self.origin.repository} has at {self.origin.commit}."
                 )
-            url = f"https://raw.githubusercontent.com/{self.origin.repository}/{self.origin.commit}/{file}"
+            url = f"{GITHUB}/{self.origin.repository}/{self.origin.commit}/{file}"
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(url, str(target), progress=False)  # appears whole or not at all
