@@ -1,9 +1,11 @@
-"""The training loop against the bare computation: forward, backward and optimizer step of the same modules on a batch at hand.
+"""The training loop against bare computation: forward, backward and optimizer step, on a batch at hand, of the same modules, and of the
+stock transformer alone on conditions computed before.
 
     python benchmarks/training_loop.py
 
-What the loop adds is reading and collating samples, clipping, averaging of the weights, guards, logs and Accelerate. Latents and vision tokens
-are cached. One round is a run of both; of the loop's own log the first row does not count.
+What the loop adds to the modules is reading and collating samples, clipping, averaging of the weights, guards, logs and Accelerate; to the
+transformer alone also the condition path, which is computation and no overhead. Latents and vision tokens are cached. One round is a run of
+all three; of the loop's own log the first row does not count.
 """
 
 import json
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +28,9 @@ from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.data.sources import SourceConfig
 from iomm_hf.data.streams import build_stream
+from iomm_hf.flow_matching import flow_matching_loss, interpolate, velocity_target
+from iomm_hf.generators import predict_velocity
+from iomm_hf.pipeline_iomm import draw_latents
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
 
@@ -42,8 +48,17 @@ class TrainingLoopConfig:
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of training_loop.json."})
 
 
-def bare_steps(config: TrainingLoopConfig, folder: Path) -> float:
-    """Seconds a step."""
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Seconds a step, after one that does not count."""
+    step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - started) / steps
+
+
+def bare_steps(config: TrainingLoopConfig, folder: Path) -> tuple[float, float]:
+    """Seconds a step of the modules, and of the transformer alone."""
     pipe = IOMMPipeline.from_pretrained(folder / "start")
     samples = iter(build_stream([SourceConfig(str(folder / "cached"))]))
     batch = IOMMCollator(pipe.processor, 64)([next(samples) for _ in range(config.batch_size)])
@@ -55,11 +70,21 @@ def bare_steps(config: TrainingLoopConfig, folder: Path) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    started = time.perf_counter()
-    for _ in range(config.steps):
-        step()
-    return (time.perf_counter() - started) / config.steps
+    modules = timed(step, config.steps)
+    with torch.no_grad():
+        encoded = module.encoder(batch["input_ids"], batch["attention_mask"], image_features=batch["image_features"])
+    latents = draw_latents(pipe.vae, module.posterior(batch))
+    noise, timestep = torch.randn_like(latents), torch.rand(config.batch_size)
+    noised, target = interpolate(latents, noise, timestep), velocity_target(latents, noise)
+    alone = torch.optim.AdamW(pipe.transformer.parameters(), lr=1e-4, fused=True)
+
+    def step_alone():
+        velocity = predict_velocity(pipe.transformer, noised, timestep, encoded.condition, encoded.condition_mask)
+        flow_matching_loss(velocity, target).mean().backward()
+        alone.step()
+        alone.zero_grad()
+
+    return modules, timed(step_alone, config.steps)
 
 
 def loop_steps(config: TrainingLoopConfig, folder: Path, run: str) -> float:
@@ -91,16 +116,21 @@ def main(config: TrainingLoopConfig):
             [sys.executable, str(RECIPES / "precompute_latents.py"), *cache, "--output_dir", str(folder / "cached")],
             check=True,
         )
-        times = [(loop_steps(config, folder, f"run-{i}"), bare_steps(config, folder)) for i in range(config.rounds)]
-    ratios = [loop / bare for loop, bare in times]
+        times = [(loop_steps(config, folder, f"run-{i}"), *bare_steps(config, folder)) for i in range(config.rounds)]
+    ratios = [loop / bare for loop, bare, _ in times]
+    ratios_alone = [loop / alone for loop, _, alone in times]
     record(
         "training_loop",
         {
             "width": config.width,
             "batch_size": config.batch_size,
-            "seconds a step, loop and bare": [round(statistics.median(side), 4) for side in zip(*times, strict=True)],
-            "time, loop / bare": round(statistics.median(ratios), 3),
+            "seconds a step, loop, modules and transformer": [
+                round(statistics.median(side), 4) for side in zip(*times, strict=True)
+            ],
+            "time, loop / modules": round(statistics.median(ratios), 3),
             "by round": [round(ratio, 3) for ratio in ratios],
+            "time, loop / transformer": round(statistics.median(ratios_alone), 3),
+            "by round, transformer": [round(ratio, 3) for ratio in ratios_alone],
         },
         config.output_dir,
     )
