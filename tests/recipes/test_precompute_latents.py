@@ -169,7 +169,8 @@ def test_a_run_from_the_cache_equals_one_from_the_pictures(module, settings, ori
     module.main(module.CacheConfig(source=run["images"][0], output_dir=str(tmp_path / "c"), **settings | kept))
     cached_numbers, (_, cached_last) = outcome(run | {"images": [str(tmp_path / "c")]}, tmp_path / "run")
     assert numbers.shape == (3, 2)
-    assert (cached_numbers / numbers - 1).abs().max() < tolerance
+    for step, differences in enumerate((cached_numbers / numbers - 1).abs()):
+        assert differences.max() < 3**step * tolerance  # a difference grows from update to update
     assert (cached_last - last).norm() < 20 * tolerance * (last - first).norm()  # Adam enlarges the smallest gradients
 
 
