@@ -238,13 +238,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
 
     def check_inputs(
         self,
-        prompt,
-        image,
-        negative_prompt,
-        prompt_embeds,
-        prompt_embeds_mask,
-        negative_prompt_embeds,
-        negative_prompt_embeds_mask,
         height: int,
         width: int,
         num_inference_steps: int,
@@ -256,7 +249,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         num_images_per_prompt: int = 1,
         sigmas: list[float] | None = None,
     ):
-        """Refuses what cannot be drawn, with the value and what would do."""
+        """Refuses sizes, steps and guidance that cannot be drawn with, with the value and what would do."""
         for name, number in (
             ("height", height),
             ("width", width),
@@ -293,20 +286,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if sigmas is not None and not (len(sigmas) and all(0 < sigma <= 1 for sigma in sigmas)):
             raise ValueError(f"sigmas must be noise levels above 0 and up to 1, got {sigmas}.")
         check_scheduler(self.scheduler, sigmas)
-        self.check_conditions(
-            prompt,
-            image,
-            negative_prompt,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-        )
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if image_guidance_scale is not None and (
-            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
-        ):
-            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
     def check_conditions(
         self,
@@ -317,6 +296,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         prompt_embeds_mask=None,
         negative_prompt_embeds=None,
         negative_prompt_embeds_mask=None,
+        image_guidance_scale: float | None = None,
     ):
         """Refuses what gives no condition for each picture, or not one for each."""
         if prompt_embeds is None and prompt is None and image is None:
@@ -376,6 +356,10 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 raise ValueError(f"`prompt` is blank, got {text!r}; to vary a picture, leave it out.")
         if prompts is None and image is not None and not all(image):
             raise ValueError("Without a `prompt`, each entry of `image` must hold a picture.")
+        if image_guidance_scale is not None and (
+            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
+        ):
+            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
     @property
     def size_multiple(self) -> int:
@@ -504,7 +488,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         references = as_picture_lists(image)
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
-        self.check_inputs(
+        self.check_conditions(
             prompt,
             references,
             negative_prompt,
@@ -512,6 +496,9 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             prompt_embeds_mask,
             negative_prompt_embeds,
             negative_prompt_embeds_mask,
+            image_guidance_scale,
+        )
+        self.check_inputs(
             height,
             width,
             num_inference_steps,
