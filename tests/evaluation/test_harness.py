@@ -157,6 +157,17 @@ def test_wise_is_judged_in_its_authors_words(tmp_path, name, reply, overall):
     assert set(result["files"]["sha256"]) == {*REPOSITORIES[name].prompts, REPOSITORIES[name].wording}
 
 
+@pytest.mark.parametrize("name", ["wise", "wise-verified"])
+def test_wise_is_drawn_and_judged_by_models_that_run_here(vlm, tmp_path, name):
+    write_wise(tmp_path / "data", name)
+    options = {"data": tmp_path / "data", "limit": 2, "judge": str(vlm), "judge_options": {"max_tokens": 4}}
+    result, _ = evaluate(config(name, tmp_path / "run", unreadable="lowest", **options))
+    # A judge of random weights says nothing readable: that is told, and is the lowest score only because that was asked for.
+    counts, told = result["counts"], {part["value"] for part in result["scores"]["categories"].values() if part}
+    assert counts["found"] == 2 == sum(counts[status] for status in ("unreadable", "cut off", "empty"))
+    assert told == {0.0} and result["scorer"]["unreadable"] == "lowest" and len(result["generation"]["software"]) == 1
+
+
 def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
     write_wise(tmp_path / "data", "wise-verified")
     benchmark = load_benchmark("wise-verified", data=tmp_path / "data", limit=8)
