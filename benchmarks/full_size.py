@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from models import random_pipeline
 from PIL import Image
 from timing import record, seconds
@@ -28,7 +27,7 @@ from iomm_hf.generators import predict_velocity
 from iomm_hf.presets import get_preset
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig
 from iomm_hf.training.loop import attention_kernel
-from iomm_hf.training.optimizers import build_optimizers
+from iomm_hf.training.optimizers import AveragedWeights, build_optimizers, clip_gradients
 
 
 OPTIONS = ("checkpointing", "cached", "compiled")
@@ -86,14 +85,14 @@ def run_steps(config: FullSizeConfig, module: IOMMTrainingModule, collator: IOMM
     precision = "bf16" if on_gpu else "no"
     parameters = module.trainable_parameters()
     optimizers = build_optimizers(PretrainConfig(images=["-"], optimizer=config.optimizer), module)
-    ema = EMAModel(parameters, decay=0.999) if config.ema else None
+    ema = AveragedWeights(parameters, decay=0.999) if config.ema else None
 
     def step(batch):
         with attention_kernel(device, precision):
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss = module(batch)[0]["loss"]
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        clip_gradients(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

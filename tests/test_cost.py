@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from iomm_hf.cost import MetaModel, count_flops, estimate_training, meta_parts
 from iomm_hf.data.collate import sample_seed
 from iomm_hf.presets import get_preset
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import IOMMTrainingModule
+from iomm_hf.training.optimizers import AveragedWeights
 
 
 PREFIX = 20
@@ -89,7 +89,7 @@ def measured_peak(preset, batch_size: int) -> int:
         module = IOMMTrainingModule(pipe.text_encoder, pipe.transformer, pipe.vae, mask_ratio=0.5).train()
         parameters = module.trainable_parameters()
         optimizer = torch.optim.AdamW(parameters, fused=True)
-        ema = EMAModel(parameters, decay=0.9)
+        ema = AveragedWeights(parameters, decay=0.9)
         side = preset.resolution
         inputs = pipe.processor.encode([pipe.processor.unconditional()] * batch_size)
         batch = {

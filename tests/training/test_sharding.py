@@ -55,17 +55,18 @@ def gradient_and_step(pipeline, batches: list[dict], config: PretrainConfig, fil
     module = make_module(build_once(lambda: pipeline, accelerator))
     place(module, accelerator, config.fully_shard)
     wrapped = accelerator.prepare_model(module, evaluation_mode=config.fully_shard)
+    weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
     mine = iter(batches[accelerator.process_index :: accelerator.num_processes])
     written = {}
     for name, limit in (("free", 1e9), ("clipped", 0.01)):
         config = replace(config, max_grad_norm=limit)
-        _, norm, _ = update(accelerator, wrapped, [], mine, config, 2, Counter())
+        _, norm, _ = update(accelerator, wrapped, weights, [], mine, config, 2, Counter())
         written[name] = {
             "norm": norm,
             "gradient": {key: whole(p.grad).clone() for key, p in module.named_parameters() if p.requires_grad},
         }
         module.zero_grad()
-    update(accelerator, wrapped, build_optimizers(config, module), mine, config, 2, Counter())
+    update(accelerator, wrapped, weights, build_optimizers(config, module), mine, config, 2, Counter())
     written["weights"] = {key: whole(p.detach()) for key, p in module.named_parameters() if p.requires_grad}
     if accelerator.is_main_process:
         torch.save(written, file)

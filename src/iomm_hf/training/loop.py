@@ -29,9 +29,7 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -72,8 +70,8 @@ from .guards import (
 )
 from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
-from .module import IOMMTrainingModule
-from .optimizers import build_optimizers
+from .module import IOMMTrainingModule, local_part
+from .optimizers import AveragedWeights, build_optimizers, clip_gradients
 from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references
 from .sharding import build_once, gathered, place
 
@@ -216,8 +214,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         )
         for optimizer in optimizers
     ]
-    # `foreach` needs the memory of the gradients once more, when those are gone.
-    ema = EMAModel(module.trainable_parameters(), decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    weights = [weight for weight in wrapped.parameters() if weight.requires_grad]  # listed once: frozen parts are many
+    ema = AveragedWeights(module.trainable_parameters(), decay=config.ema_decay) if config.ema_decay else None
 
     # 4. Resume
     step = 0
@@ -256,11 +254,13 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     signal = None
     with StopSignals() as signals:
         while step < config.max_steps and signal is None:
-            losses, grad_norm, keys = update(accelerator, wrapped, optimizers, batches, config, len(sources), skipped)
+            losses, grad_norm, keys = update(
+                accelerator, wrapped, weights, optimizers, batches, config, len(sources), skipped
+            )
             for scheduler in schedulers:
                 scheduler.step()
             if ema is not None:
-                ema.step(module.trainable_parameters())
+                ema.step([local_part(weight) for weight in weights])
             step += 1
             progress.update()
             not_finite.check(accelerator, step, grad_norm, losses, keys)
@@ -358,7 +358,7 @@ def how_to_go_on(accelerator: Accelerator) -> str:
 
 
 def update(
-    accelerator, wrapped, optimizers, batches, config: TrainingConfig, num_sources: int, skipped: Counter
+    accelerator, wrapped, weights, optimizers, batches, config: TrainingConfig, num_sources: int, skipped: Counter
 ) -> tuple[dict[str, float], float, list[str]]:
     """One optimizer step over `gradient_accumulation` batches, left out if the gradient is not finite. Returns this rank's
     mean losses, the norm of all ranks' gradient and the keys of this rank's samples."""
@@ -382,8 +382,7 @@ def update(
                 | {"seconds_waiting": waited}
             )
             accelerator.backward(sum(terms.values()))
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # of sharded gradients: one part each
+    grad_norm = clip_gradients(weights, config.max_grad_norm)
     for optimizer in optimizers:
         if math.isfinite(grad_norm):
             optimizer.step()

@@ -1,7 +1,16 @@
-"""AdamW for everything, or Muon for the matrices and AdamW for the rest."""
+"""What happens to the weights in a step: clipping, AdamW for everything or Muon for the matrices, and the average.
+
+Clipping and averaging go over all weights, whatever the batch, so each reads them no more often than it must.
+"""
+
+import math
+from collections.abc import Iterable
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from .config import TrainingConfig
@@ -43,3 +52,23 @@ def build_optimizers(config: TrainingConfig, module: IOMMTrainingModule) -> list
         groups(of_muon=True), weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, adamw]
+
+
+def clip_gradients(weights: list[nn.Parameter], max_norm: float) -> float:
+    """Scales gradients down to `max_norm` and returns the norm that they had, over all ranks where they are sharded. Those
+    below it, and those that are not finite, stay as they are."""
+    total = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    if math.isfinite(norm) and norm > max_norm:
+        clip_grads_with_norm_(weights, max_norm, total)
+    return norm
+
+
+class AveragedWeights(EMAModel):
+    """diffusers' exponential average, in one pass over the weights and without a second copy of them on the way."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.Tensor]):
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
