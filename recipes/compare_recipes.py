@@ -200,7 +200,7 @@ class CompareConfig:
     )
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks to score."})
     edits_per_kind: int = field(default=40, metadata={"help": "Cases of each of the three kinds of edits to score."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
+    num_inference_steps: int = field(default=12, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
     num_processes: int = field(
         default_factory=lambda: torch.cuda.device_count() or 1,
