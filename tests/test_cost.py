@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from iomm_hf import IOMMConfig
 from iomm_hf.cost import MetaModel, count_flops, estimate_training, meta_parts
 from iomm_hf.data.collate import sample_seed
 from iomm_hf.presets import get_preset
@@ -51,6 +52,51 @@ def test_flux_flops_are_the_closed_form(flux):
     forward = count_flops(lambda: model.generate().detach())
     assert forward == pytest.approx(expected, rel=0.01)
     assert count_flops(model.generate, backward=True) == pytest.approx(3 * forward, rel=0.03)
+
+
+def test_z_image_flops_are_the_closed_form():
+    xl = get_preset("xl")
+    model = MetaModel(meta_parts(xl), 512, PREFIX, torch.float32)
+    width, hidden, image, text, channels = 3840, 10240, 32 * 32, IOMMConfig().num_queries, 4 * 16
+    modulation = 2 * 256 * 4 * width
+
+    def block(tokens: int) -> int:  # four projections, a gated MLP, attention
+        return 2 * tokens * (4 * width**2 + 3 * width * hidden) + 4 * tokens**2 * width
+
+    expected = 2 * (block(image) + modulation) + 2 * block(text) + 30 * (block(image + text) + modulation)
+    expected += 2 * image * channels * width + 2 * text * 1536 * width  # in
+    expected += 2 * image * width * channels + 2 * 256 * width + 2 * 2 * 256 * 1024  # out, its modulation, time
+    # Twice as much on the way back, but for the first products, whose input takes no gradient.
+    assert count_flops(model.generate, backward=True) == pytest.approx(3 * expected, rel=1e-3)
+
+
+def test_vision_tower_flops_are_the_closed_form():
+    model = MetaModel(meta_parts(get_preset("base")), 512, PREFIX, torch.float32)
+    width, patches, layers, read, language = 1024, 32 * 32, 24, 16 * 16, 1536
+    tokens = patches + 1
+    expected = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width) + 2 * patches * 3 * 14**2 * width
+    expected += 2 * read * (4 * width * language + language**2)  # four patches become one token
+    assert count_flops(model.see) == pytest.approx(expected, rel=1e-6)
+
+
+def test_autoencoder_flops_are_the_closed_form():
+    model = MetaModel(meta_parts(get_preset("base")), 512, PREFIX, torch.float32)
+
+    def conv(side: int, inside: int, outside: int, kernel: int = 3) -> int:
+        return 2 * side**2 * inside * outside * kernel**2
+
+    def resnet(side: int, inside: int, outside: int) -> int:
+        shortcut = conv(side, inside, outside, 1) if inside != outside else 0
+        return conv(side, inside, outside) + conv(side, outside, outside) + shortcut
+
+    expected, inside = conv(512, 3, 128), 128
+    for side, width in ((512, 128), (256, 256), (128, 512), (64, 512)):
+        expected += resnet(side, inside, width) + resnet(side, width, width)
+        expected += conv(side // 2, width, width) if side > 64 else 0  # on the way to half the side
+        inside = width
+    attention = 2 * 64**2 * 4 * 512**2 + 4 * 64**4 * 512
+    expected += 2 * resnet(64, 512, 512) + attention + conv(64, 512, 2 * 16)
+    assert count_flops(model.encode_latents) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_plain_pass_is_the_closed_form():
