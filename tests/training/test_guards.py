@@ -86,6 +86,19 @@ def test_too_many_of_them_in_a_row_stop_the_run(settings, monkeypatch):
     assert [path.name for path in list_checkpoints(Path(settings["output_dir"]))] == ["checkpoint-00000004"]
 
 
+def test_a_resumed_run_counts_on_and_notes_none_twice(settings, monkeypatch):
+    settings |= {"max_nonfinite": 3, "save_every": 4, "max_steps": 8}
+    notes = Path(settings["output_dir"], "nonfinite.jsonl")
+    with monkeypatch.context() as patched:
+        scale_losses(patched, {3, 4, 5}, float("inf"))  # the fifth is lost with the process
+        with pytest.raises(FloatingPointError, match="3 updates in a row were not finite, the last at step 5"):
+            train(PretrainConfig(**settings))
+    scale_losses(monkeypatch, {1}, float("inf"))
+    with pytest.raises(FloatingPointError, match="3 updates in a row were not finite, the last at step 5"):
+        train(PretrainConfig(**settings))
+    assert [json.loads(line)["step"] for line in notes.read_text().splitlines()] == [3, 4, 5]
+
+
 def test_a_loss_that_leaps_stops_the_run_before_its_checkpoint(settings, monkeypatch):
     settings |= {"log_every": 1, "batch_size": 1, "save_every": 21}
     train(PretrainConfig(**settings | {"max_steps": 21}))

@@ -207,11 +207,15 @@ class NonFiniteGuard:
     Args:
         path (`Path`): JSON lines of them: step, gradient's norm, and each rank's losses and sample keys.
         limit (`int`): So many in a row are too many.
+        step (`int`, *optional*, defaults to 0): Steps made so far: those that were skipped right before count on.
     """
 
-    def __init__(self, path: Path, limit: int):
+    def __init__(self, path: Path, limit: int, step: int = 0):
         self.path, self.limit = path, limit
         self.in_a_row = 0
+        skipped = {json.loads(line)["step"] for line in path.read_text().splitlines()} if path.exists() else set()
+        while step - self.in_a_row in skipped:
+            self.in_a_row += 1
 
     def check(self, accelerator: Accelerator, step: int, grad_norm: float, losses: dict[str, float], keys: list[str]):
         r"""

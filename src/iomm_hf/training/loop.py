@@ -236,7 +236,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         if accelerator.is_main_process:
             note_resumption(record, step, trainer_state.get("software"), running)
     if accelerator.is_main_process:
-        keep_log_until(output_dir / "log.jsonl", step)
+        for name in ("log.jsonl", "nonfinite.jsonl"):
+            keep_log_until(output_dir / name, step)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("iomm", config=flat(config.to_dict()))
 
@@ -248,7 +249,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     batches = iter(loader)
     sources = [f"{i}: {source.path}" for i, source in enumerate(opened)]
     logged = step
-    not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite)
+    not_finite = NonFiniteGuard(output_dir / "nonfinite.jsonl", config.max_nonfinite, step)
     spikes = SpikeGuard(config.max_loss_ratio, logged_losses(output_dir / "log.jsonl"))
     clock = time.monotonic()
     signal = None
@@ -479,8 +480,9 @@ def caption_room(pipeline: IOMMPipeline) -> int:
 
 def keep_log_until(path: Path, step: int):
     """Drops the log's lines behind `step`, which a resumed run writes again, and a last line that a full disk cut short."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
+    if not path.exists():
+        return
+    lines, kept = path.read_text().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
