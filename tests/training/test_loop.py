@@ -261,6 +261,35 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(settings, parts, tmp_pat
     assert record["data"] == {"user/pictures": commit} and [part["step"] for part in record["resumed"]] == [2]
 
 
+SOON_GIVING_UP = """
+import datasets.config
+datasets.config.STREAMING_READ_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+"""
+
+
+def test_a_network_that_stays_away_ends_a_run_which_goes_on_exactly(settings, parts, tmp_path, hub, client):
+    tars = {path.name: path.read_bytes() for path in sorted((parts / "images").glob("*.tar"))}
+    hub.commit_files("user/far-away", tars, repo_type="dataset")
+    settings |= {"images": ["hf://datasets/user/far-away/*.tar"], "max_steps": 6, "save_every": 2}
+    run, unbroken, last = Path(settings["output_dir"]), tmp_path / "unbroken", "checkpoint-00000006"
+    environment = hub.environment(tmp_path / "home")
+    hub.requests.clear()
+    client(environment, ON_HUB, json.dumps(settings | {"output_dir": str(unbroken)}))
+    read = [path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and path.endswith(".tar")]
+    third = list(dict.fromkeys(read))[2]  # 8 pictures a tar, 3 a step: it is opened in the sixth
+
+    hub.fail_next(10_000, third, status=None)
+    ending = ON_HUB.replace("train(", "print(refusal(train, ").rstrip() + ")"
+    client(environment, SOON_GIVING_UP + ending, json.dumps(settings))
+    hub.stop_failing()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-00000002", "checkpoint-00000004"]
+    client(environment, ON_HUB, json.dumps(settings))
+    assert same_state(unbroken / last, run / last)
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(unbroken)]
+    assert not any(row["skipped"] for row in rows(run))
+
+
 def test_other_software_is_noted_and_warned_of(settings, caplog):
     train(PretrainConfig(**settings | {"max_steps": 4}))
     run = Path(settings["output_dir"])

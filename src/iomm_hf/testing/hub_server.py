@@ -179,6 +179,11 @@ class LocalHub(LocalServer):
         """
         self._failures.append(Failure(count, method, path_contains, status))
 
+    def stop_failing(self) -> None:
+        """Requests that were still to fail are answered from now on."""
+        with self._lock:
+            self._failures.clear()
+
     def take_failure(self, method: str, path: str) -> Failure | None:
         with self._lock:
             for failure in self._failures:
