@@ -248,7 +248,7 @@ train(PretrainConfig(**settings))
 def test_a_run_goes_on_with_the_data_that_it_began_with(settings, parts, tmp_path, hub, client):
     tars = {path.name: path.read_bytes() for path in sorted((parts / "images").glob("*.tar"))}
     commit = hub.commit_files("user/pictures", tars, repo_type="dataset")
-    settings |= {"images": ["hf://datasets/user/pictures/*.tar"], "max_steps": 4, "save_every": 2}
+    settings |= {"images": ["hf://datasets/user/pictures/*.tar"], "max_steps": 4, "save_every": 2, "num_workers": 1}
     run, unbroken, last = Path(settings["output_dir"]), tmp_path / "unbroken", "checkpoint-00000004"
     environment = hub.environment(tmp_path / "home")
     client(environment, ON_HUB, json.dumps(settings | {"output_dir": str(unbroken)}))
