@@ -44,6 +44,9 @@ def estimate(
     gradient_accumulation: Annotated[int, typer.Option(help="Forward passes an optimizer step.")] = 1,
     cached_latents: Annotated[bool, typer.Option(help="Latents were computed before.")] = False,
     cached_vision_tokens: Annotated[bool, typer.Option(help="Image tokens were computed before.")] = False,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="A LoRA of this rank on the generator, not all weights.")
+    ] = None,
     images: Annotated[
         int, typer.Option(help="Samples of the run: 10 epochs of 11M, as the paper seems to.")
     ] = 110_000_000,
@@ -72,6 +75,7 @@ def estimate(
             gradient_accumulation=gradient_accumulation,
             cached_latents=cached_latents,
             cached_vision_tokens=cached_vision_tokens,
+            lora_rank=lora_rank,
             images=images,
             peak_tflops=peak_tflops,
             utilisation=utilisation,

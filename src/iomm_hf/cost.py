@@ -176,6 +176,17 @@ class MetaModel:
         side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent = (1, self.vae.config.latent_channels, side, side)
 
+    def add_lora(self, rank: int):
+        """Freezes everything but a LoRA, where `recipes/train_lora.py` puts it by default."""
+        from .training.config import LoraTrainingConfig
+        from .training.lora import add_lora
+
+        add_lora(self, LoraTrainingConfig(images=["-"], lora_rank=rank))  # type: ignore[arg-type]  # it asks for both parts
+
+    @property
+    def encoder_trains(self) -> bool:
+        return any(weight.requires_grad for weight in self.encoder.parameters())
+
     def empty(self, *shape: int, grad: bool = False) -> torch.Tensor:
         return torch.empty(*shape, device="meta", dtype=self.dtype, requires_grad=grad)
 
@@ -208,26 +219,26 @@ class MetaModel:
     def query(self, cache) -> torch.Tensor:
         count = self.encoder.config.num_queries
         positions = torch.arange(count, device="meta")[None] + self.prefix_tokens
-        queries = self.empty(1, count, self.encoder.config.hidden_size, grad=True)
+        queries = self.empty(1, count, self.encoder.config.hidden_size, grad=self.encoder_trains)
         return self.encoder._run_queries(queries, None, positions, cache)[-1]  # type: ignore[arg-type]  # nothing is padded
 
     def generate(self) -> torch.Tensor:
         config = self.encoder.config
         rows = config.num_queries + (self.prefix_tokens if config.condition_tokens == "all" else 0)
-        condition = self.empty(1, rows, self.width, grad=True)
+        condition = self.empty(1, rows, self.width, grad=self.encoder_trains)
         return predict_velocity(self.transformer, self.empty(*self.latent), self.empty(1), condition)
 
     def flops(self, cached_latents: bool = False, cached_vision_tokens: bool = False) -> dict[str, int]:
         """Of a training step with one sample, by part; the connector's are left out, which no preset has."""
         with torch.no_grad():
             cache = self.prefix()[1]
-        asked = self.encoder.config.num_queries > 0
+        asked, backward = self.encoder.config.num_queries > 0, self.encoder_trains
         return {
             "autoencoder": 0 if cached_latents else count_flops(self.encode_latents),
             "vision tower": 0 if cached_vision_tokens else count_flops(self.see),
             "MLLM prefix": count_flops(lambda: self.prefix()[0].last_hidden_state),
-            "adapter": count_flops(self.adapt, backward=True) if asked else 0,
-            "query rows": count_flops(lambda: self.query(cache), backward=True) if asked else 0,
+            "adapter": count_flops(self.adapt, backward) if asked else 0,
+            "query rows": count_flops(lambda: self.query(cache), backward) if asked else 0,
             "generator": count_flops(self.generate, backward=True),
         }
 
@@ -264,6 +275,7 @@ def estimate_training(
     gradient_accumulation: int = 1,
     cached_latents: bool = False,
     cached_vision_tokens: bool = False,
+    lora_rank: int | None = None,
     images: int = PAPER_IMAGES,
     peak_tflops: float = 989.0,
     utilisation: float = 0.22,
@@ -288,6 +300,8 @@ def estimate_training(
             held during the forward pass.
         cached_latents (`bool`, *optional*, defaults to `False`): Latents were computed before.
         cached_vision_tokens (`bool`, *optional*, defaults to `False`): Image tokens were computed before.
+        lora_rank (`int`, *optional*): What a LoRA of this rank costs, as `recipes/train_lora.py` puts it beside the
+            generator's attention, in place of training all weights. It is the same on every GPU: not for `fsdp`.
         images (`int`, *optional*, defaults to 110,000,000): Samples of the run.
         peak_tflops (`float`, *optional*, defaults to 989): Peak of one GPU, TFLOP/s (H100 SXM, bf16 dense).
         utilisation (`float`, *optional*, defaults to 0.22): Share of the peak that the counted FLOPs reach; 0.22 is what
@@ -317,6 +331,7 @@ def estimate_training(
         raise ValueError(f"utilisation must be in (0, 1], got {utilisation}.")
     numbers = {"resolution": resolution, "batch_size": batch_size, "gpus": gpus, "wording_tokens": wording_tokens}
     numbers["gradient_accumulation"] = gradient_accumulation
+    numbers["lora_rank"] = 1 if lora_rank is None else lora_rank
     for name, value in (numbers | {"images": images, "peak_tflops": peak_tflops}).items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}.")
@@ -324,11 +339,16 @@ def estimate_training(
     for name, chosen in (("sharding", sharding), ("mixed_precision", mixed_precision), ("optimizer", optimizer)):
         if chosen not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {chosen!r}.")
+    if lora_rank is not None and (sharding, optimizer) != ("ddp", "adamw"):
+        raise ValueError(f"A LoRA trains with ddp and adamw, got {sharding} and {optimizer}.")
 
     image_tokens = preset.mllm_config.get("image_seq_length", 256)
     prefix_tokens = wording_tokens + round((1 - mask_ratio) * image_tokens)
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     model = MetaModel(meta_parts(preset), resolution, prefix_tokens, dtype)
+    whole = {"adapter": count_weights(model.adapter), "generator": count_weights(model.transformer)}
+    if lora_rank is not None:
+        model.add_lora(lora_rank)
     with torch.no_grad():
         cache = model.prefix()[1]
     saved = model.saved(cache)
@@ -343,19 +363,17 @@ def estimate_training(
     activations["checkpointed"] = sum(model.saved(cache).values()) + again
 
     trained_parts = (model.adapter, model.transformer)
-    weights = {
-        "MLLM": count_weights(model.encoder.mllm),
-        "autoencoder": count_weights(model.vae),
-        "adapter": count_weights(trained_parts[0]),
-        "generator": count_weights(trained_parts[1]),
-    }
-    trained = weights["adapter"] + weights["generator"]
+    weights = {"MLLM": count_weights(model.encoder.mllm), "autoencoder": count_weights(model.vae), **whole}
+    trained = sum(w.numel() for part in trained_parts for w in part.parameters() if w.requires_grad)
+    beside = 0  # frozen in float32
+    if lora_rank is not None:
+        weights["LoRA"], beside = trained, sum(whole.values())
     layers = [m for part in trained_parts for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     matrices = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     low_precision = mixed_precision == "bf16"
     shards = gpus if sharding == "fsdp" else 1
     memory = {
-        "frozen weights": weights["MLLM"] * (2 if low_precision else 4) + weights["autoencoder"] * 4,
+        "frozen weights": weights["MLLM"] * (2 if low_precision else 4) + (weights["autoencoder"] + beside) * 4,
         "trained weights": 4 * trained // shards,
         "gradients": 4 * trained // shards,
         "optimizer": (8 * trained - (4 * matrices if optimizer == "muon" else 0)) // shards,
