@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from iomm_hf import IOMMProcessor
 from iomm_hf.tiny import CHAT_TEMPLATE, tiny_processor, train_tokenizer
@@ -43,6 +44,16 @@ def test_images_stay_with_their_conversation_in_a_mixed_batch(processor, images)
     alone = [processor.encode([processor.image_only(image)])["pixel_values"] for image in images[:3]]
     assert torch.equal(batch["pixel_values"], torch.cat(alone))
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [0, 16, 32]
+
+
+def test_unseen_images_take_the_same_places(processor, images):
+    conversations = [
+        [processor.edit("make it blue", image), processor.unconditional()]
+        for image in (images[0], Image.new("L", (1, 1)))
+    ]
+    seen, unseen = processor.encode(conversations[0]), processor.encode(conversations[1], see=False)
+    assert "pixel_values" in seen and unseen.keys() == {"input_ids", "attention_mask"}
+    assert all(torch.equal(unseen[name], seen[name]) for name in unseen)
 
 
 def test_batches_are_padded_on_the_left(processor):

@@ -98,10 +98,15 @@ class IOMMProcessor(ProcessorMixin):
         """A question about an image, images first, as the MLLM itself was trained."""
         return user_says(*images, question)
 
-    def encode(self, conversations: list[Conversation]) -> BatchFeature:
+    def encode(self, conversations: list[Conversation], see: bool = True) -> BatchFeature:
         r"""
         Tokenizes a batch of conversations, padded on the left. Special tokens that a user's text happens to contain are
         read as plain text.
+
+        Args:
+            conversations (`list`): From the methods above.
+            see (`bool`, *optional*, defaults to `True`): Whether to make `pixel_values` of the images. Without, they only
+                take their places, whatever they show, as where their vision tokens are known.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` of shape `(batch_size, length)` and, where there are
@@ -112,7 +117,8 @@ class IOMMProcessor(ProcessorMixin):
         """
         if not conversations:
             raise ValueError("encode() got no conversations.")
-        return self.apply_chat_template(
+        untouched = {} if see else {"do_resize": False, "do_rescale": False, "do_normalize": False}
+        batch = self.apply_chat_template(
             conversations,
             tokenize=True,
             add_generation_prompt=True,
@@ -120,8 +126,11 @@ class IOMMProcessor(ProcessorMixin):
             return_tensors="pt",
             sanitize_control_tokens=True,
             # One view, whatever the repository says: its tokens are the patches that the method masks.
-            processor_kwargs={"padding": True, "padding_side": "left", "crop_to_patches": False},
+            processor_kwargs={"padding": True, "padding_side": "left", "crop_to_patches": False} | untouched,
         )
+        if not see:
+            batch.pop("pixel_values", None)
+        return batch
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return f"{self.start_image_token}{self.image_token * self.image_seq_length}{self.end_image_token}"

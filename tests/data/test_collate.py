@@ -89,5 +89,7 @@ def test_cached_samples_replace_pixels_and_are_not_mixed_with_others(processor, 
     assert batch["latent_mean"][:, 0, 0, 0].tolist() == [0, 1, 2, 3] and batch["latent_logvar"].shape == (4, 4, 8, 8)
     assert batch["image_features"][:, 0, 0].tolist() == [0, 2]  # of the two that are looked at
     assert batch["vision_tokens"][:, 0, 0].tolist() == [0, 1, 2, 3]
+    online = IOMMCollator(processor, resolution=32, condition_dropout=0.0)(samples)
+    assert torch.equal(batch["input_ids"], online["input_ids"])
     with pytest.raises(ValueError, match="precompute all of them, or none"):
         IOMMCollator(processor, resolution=32)([cached[0], samples[1]])

@@ -8,9 +8,13 @@ import hashlib
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..processing_iomm import Conversation, IOMMProcessor
 from .images import resize_and_crop, to_tensor
+
+
+UNSEEN = Image.new("RGB", (1, 1))  # in place of a picture whose vision tokens are known
 
 
 def sample_seed(seed: int, key: str, epoch: int) -> int:
@@ -60,6 +64,7 @@ class IOMMCollator:
         if len(sizes) > 1:
             raise ValueError(f"Samples of {sorted(sizes)} in one batch: bucket them by the loader's own batch size.")
         [size] = sizes
+        known = all(item is not None and item.vision_tokens is not None for item in cached)
         conversations, pixels, seeds = [], [], []
         skipped: dict[str, int] = {}
         for sample in samples:
@@ -68,11 +73,11 @@ class IOMMCollator:
                 image = resize_and_crop(image, size)
                 pixels.append(to_tensor(image))
             seeds.append(sample_seed(self.seed, sample["key"], sample["epoch"]))
-            conversations.append(self._conversation(image, sample["caption"], seeds[-1]))
+            conversations.append(self._conversation(UNSEEN if known else image, sample["caption"], seeds[-1]))
             for reason, count in sample["skipped"].items():
                 skipped[reason] = skipped.get(reason, 0) + count
         batch = {
-            **self.processor.encode(conversations),
+            **self.processor.encode(conversations, see=not known),
             "seed": torch.tensor(seeds),
             "source": torch.tensor([sample.get("source", 0) for sample in samples]),
             "keys": [f"{sample['key']}@{sample['epoch']}" for sample in samples],
@@ -83,10 +88,10 @@ class IOMMCollator:
             return batch | {"pixels": torch.stack(pixels)}
         batch["latent_mean"] = torch.stack([item.mean for item in cached])
         batch["latent_logvar"] = torch.stack([item.logvar for item in cached])
-        if all(item.vision_tokens is not None for item in cached):
+        if known:
             batch["vision_tokens"] = torch.stack([item.vision_tokens for item in cached])
-            if batch.pop("pixel_values", None) is not None:
-                has_image = (batch["input_ids"] == self.processor.image_token_id).any(1)
+            has_image = (batch["input_ids"] == self.processor.image_token_id).any(1)
+            if has_image.any():
                 batch["image_features"] = batch["vision_tokens"][has_image]
         return batch
 
