@@ -108,6 +108,17 @@ def test_edit_and_ask_see_the_picture_upright(tmp_path):
     assert json.loads(asked.stdout).keys() == {"image", "question", "answer"}
 
 
+def test_edit_without_an_instruction_varies(tmp_path):
+    source, output = tmp_path / "source.png", tmp_path / "varied.png"
+    Image.new("RGB", (64, 64), "red").save(source)
+    done = run(str(source), "--steps", "1", "--output", str(output), "--json", command="edit")
+    assert json.loads(done.stdout)["pictures"] == [{"path": str(output), "prompt": None, "seed": 0}]
+    pipe = IOMMPipeline.from_pretrained(shipped_model())
+    generator = torch.Generator().manual_seed(0)
+    expected = pipe(image=Image.open(source), num_inference_steps=1, generator=generator).images[0]
+    assert Image.open(output).tobytes() == expected.tobytes()
+
+
 def test_pictures_are_not_replaced_unasked_and_leave_nothing_half_written(tmp_path, monkeypatch):
     output = tmp_path / "picture.png"
     output.write_text("mine")

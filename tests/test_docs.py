@@ -2,11 +2,12 @@
 
 Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
 through the recipe's own settings, the blocks of the first pages run, and each quoted error message occurs in the source. Slow: a
-reader goes through the guides from top to bottom, block after block in one folder, against a Hub on this machine; and the figure
-is drawn again. Two comments steer that, each about the block below it:
+reader goes through the guides from top to bottom, block after block in one folder, against a Hub and a judge on this machine; and
+the figure is drawn again. Three comments steer that, each about the block below it:
 
     <!-- test: --max_steps 4 -->                     flags that are added to its commands, for a smoke size
-    <!-- checked, not run: it takes eight GPUs -->   only parsed, and why
+    <!-- served: -->                                 the same for a server: its page is asked for, then Ctrl-C ends it
+    <!-- checked, not run: it takes eight GPUs -->   only parsed, and why; these are the ones that `ONLY_CHECKED` names
 
 The tables of figures and the words around them are not tested here.
 """
@@ -19,31 +20,44 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import typing
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub import cached_assets_path
 from PIL import Image
 from trl import TrlParser
 from typer.testing import CliRunner
 
 from iomm_hf.cli import app
+from iomm_hf.evaluation.authors_files import REPOSITORIES
+from iomm_hf.evaluation.geneval_models import CLIP, DETECTOR
+from iomm_hf.testing.authors_files import write_wise
+from iomm_hf.testing.judge_server import LocalJudge
+from iomm_hf.testing.tiny_detectors import save_tiny_detectors
 
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GUIDES = ["train", "fine-tune", "lora", "publish", "demo", "evaluate", "scale"]  # a reader's way through them
 BLOCK = re.compile(
-    r"(?:^<!-- (test|checked, not run):(.*?)-->\n)?^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- (test|served|checked, not run):(.*?)-->\n)?^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
-COMMAND = re.compile(r"^(?=.*(?:recipes/\w+\.py|iomm-hf ))(?!#).*$", re.MULTILINE)
+COMMAND = re.compile(r"^((?=.*(?:recipes/\w+\.py|iomm-hf |pip ))(?!#).*?)(\s+#.*)?$", re.MULTILINE)
+ONLY_CHECKED = {  # first commands of the blocks that no test runs, and why
+    "make quickstart": "seven minutes, and the tests themselves",
+    "accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/pretrain_image_only.py --config"
+    " recipes/configs/base-pretrain.yaml": "it takes eight GPUs, and full-size weights and data that lie on the Hub",
+}
 
 
 class Block(NamedTuple):
@@ -52,22 +66,23 @@ class Block(NamedTuple):
     code: str
     flags: str = ""  # added to its commands
     only_checked: str = ""  # why it is not run
+    served: bool = False
 
     def commands(self) -> list[list[str]]:
         lines = self.code.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
     def smoke(self) -> str:
-        return COMMAND.sub(lambda line: f"{line[0]} {self.flags}", self.code.replace("\\\n", " "))
+        return COMMAND.sub(lambda line: f"{line[1]} {self.flags}", self.code.replace("\\\n", " "))
 
 
 def blocks(page: str, *languages: str) -> list[Block]:
     found = []
     for kind, note, language, code in BLOCK.findall((DOCS / f"{page}.md").read_text()):
         note = note.strip()
-        flags, reason = (note, "") if kind == "test" else ("", note)
+        flags, reason = ("", note) if kind == "checked, not run" else (note, "")
         if not languages or language in languages:
-            found.append(Block(page, language, code, flags, reason))
+            found.append(Block(page, language, code, flags, reason, kind == "served"))
     return found
 
 
@@ -103,11 +118,46 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
             assert re.match(r"# [\w-]+\.yaml\n", block.code), "its first line names the file"
 
 
+def test_blocks_that_are_only_checked_are_few_and_named():
+    checked = [block for page in PAGES for block in blocks(page) if block.only_checked]
+    assert {shlex.join(block.commands()[0]): block.only_checked for block in checked} == ONLY_CHECKED
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
     named = re.findall(r"`((?:recipes|results|docs|tests|benchmarks)/[\w./*-]+)`", (DOCS / f"{page}.md").read_text())
     for name in named:
         assert list(ROOT.glob(name)), f"{page} names {name}"
+
+
+# No network here, so no link is opened: a wrong host or form of address is what can be seen.
+ADDRESSES = {
+    "arxiv.org": r"/abs/\d{4}\.\d{5}",
+    "github.com": r"/[\w-]+/[\w.-]+(/(blob|tree|commit)/[0-9a-f]{40}(/[\w.-]+)*)?",
+    "huggingface.co": r"(/datasets|/spaces)?/[\w-]+/[\w.-]+(/(blob|tree|commit)/[0-9a-f]{40}(/[\w.-]+)*)?",
+}
+TEXTS = [
+    *ROOT.glob("*.md"),
+    *(p for name in ("benchmarks", "docs", "results", "src") for p in (ROOT / name).rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize(
+    "path", [*TEXTS, ROOT / "src/iomm_hf/demo/app.py"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_to_files_that_exist_and_to_known_hosts(path):
+    text = path.read_text()
+    targets = [target for target in re.findall(r"\]\(([^)\s]*)\)", text) if "{{" not in target]
+    addresses = [target for target in targets if "://" in target] + re.findall(r"\b\w+://[^\s)\]>\"'`|{}]+", text)
+    for address in addresses:
+        parts = urlsplit(address.rstrip(".,;"))
+        if parts.hostname == "127.0.0.1" or parts.scheme in ("hf", "file"):
+            continue
+        assert parts.scheme == "https" and parts.netloc in ADDRESSES, address
+        assert re.fullmatch(ADDRESSES[parts.netloc], parts.path), address
+    for target in targets:
+        file = target.split("#")[0]
+        assert "://" in target or (path.resolve().parent / file).exists(), f"{path} links to {target}"
 
 
 @pytest.fixture
@@ -154,7 +204,7 @@ def check_command(words: list[str]):
     elif program == "make":
         subprocess.run(["make", "--dry-run", *rest], check=True, capture_output=True)
     elif program == "pip":
-        assert rest[:2] == ["install", "-e"]
+        assert rest[:2] == ["install", "-e"]  # with flags of the test behind what is installed
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"\w+", rest[2])) <= set(extras)
     else:
@@ -173,6 +223,17 @@ def test_every_command_is_in_the_reference():
     assert sorted(described) == sorted(commands)
 
 
+def install(words: list[str], copy: Path):
+    """In a copy of the repository, since a build writes beside the sources."""
+    if not copy.exists():
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            copy.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    done = subprocess.run([sys.executable, "-m", "pip", *words], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0 and "Would install iomm-hf" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("page", ["index", "how-it-works"])
 def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -182,6 +243,9 @@ def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
             exec(compile(block.code, f"{page}.md", "exec"), namespace)
         elif not block.only_checked:
             for words in block._replace(code=block.smoke()).commands():
+                if words[0] == "pip":
+                    install(words[1:], tmp_path / "copy")
+                    continue
                 assert words[0] == "iomm-hf"
                 done = CliRunner().invoke(app, words[1:])
                 assert done.exit_code == 0, done.output
@@ -242,37 +306,71 @@ def test_quoted_messages_occur_in_the_source():
 
 # Runs the blocks that it gets on stdin, one namespace for all of Python, and stops at the first that fails.
 READER = """
-import json, subprocess, sys
+import json, re, shlex, signal, subprocess, sys, urllib.request
 namespace = {}
 for place, language, code in json.load(sys.stdin):
     print(place, flush=True)
     if language == "python":
         exec(compile(code, place, "exec"), namespace)
+    elif language == "served":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+        server = subprocess.Popen(shlex.split(code), stdout=subprocess.PIPE, text=True)
+        try:
+            address = re.search(r"http://[^/]+/", server.stdout.readline())[0]
+            assert urllib.request.urlopen(address).status == 200
+            server.send_signal(signal.SIGINT)
+            assert server.wait() == 0
+        finally:
+            server.kill()
     else:
         subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
 """
 
 
+@pytest.fixture
+def judge():
+    """Answers under the guides' placeholder for a model, as WISE's authors want it."""
+    with LocalJudge(lambda request: "Consistency: 2\nRealism: 1\nAesthetic Quality: 0", model="MODEL") as judge:
+        yield judge
+
+
+@pytest.fixture
+def environment(tmp_path, hub) -> dict[str, str]:
+    """A reader's: a Hub with GenEval's models under their names, the authors' files as if fetched before, no accelerator."""
+    for name, folder in zip((DETECTOR, CLIP), save_tiny_detectors(tmp_path / "detectors"), strict=True):
+        hub.commit_files(name, {file.name: file.read_bytes() for file in folder.iterdir()})
+    assets = tmp_path / "home/assets"
+    write_wise(cached_assets_path("iomm-hf", "wise", REPOSITORIES["wise"].commit, assets_dir=assets), "wise")
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = hub.environment(tmp_path / "home") | settings
+    return environment | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])}
+
+
+def read_page(page: str, folder: Path, environment: dict[str, str], judge: LocalJudge):
+    """Does what a page says, in a process of its own."""
+    steps = []
+    for number, block in enumerate(blocks(page, "python", "bash", "yaml")):
+        code = block.smoke().replace("http://127.0.0.1:8000/v1", judge.address)
+        if block.language == "yaml":
+            write_yaml(block, folder)
+        elif not block.only_checked:
+            steps.append((f"{page}.md, block {number}", "served" if block.served else block.language, code))
+    done = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps(steps),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
 @pytest.mark.slow
-def test_a_reader_goes_through_the_guides(tmp_path, hub):
+def test_a_reader_goes_through_the_guides(tmp_path, hub, judge, environment):
     lay_out(tmp_path)
-    environment = hub.environment(tmp_path / "home") | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     for page in GUIDES:
-        steps = []
-        for number, block in enumerate(blocks(page, "python", "bash", "yaml")):
-            if block.language == "yaml":
-                write_yaml(block, tmp_path)
-            elif not block.only_checked:
-                steps.append((f"{page}.md, block {number}", block.language, block.smoke()))
-        done = subprocess.run(
-            [sys.executable, "-c", READER],
-            input=json.dumps(steps),
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        read_page(page, tmp_path, environment, judge)
     assert (tmp_path / "outputs/mine/stage2/final/model_index.json").is_file()
     assert "model_index.json" in hub.resolve("user/name").files
+    assert len(list((tmp_path / "outputs/mine").glob("*/scores/*/result.json"))) == 2 and judge.requests

@@ -4,7 +4,8 @@ import io
 import json
 import logging
 import sys
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -301,7 +302,7 @@ def generate(
 @app.command()
 def edit(
     image: Annotated[Path, typer.Argument(help="Picture to change.")],
-    instruction: Annotated[str, typer.Argument(help="What to change.")],
+    instruction: Annotated[str | None, typer.Argument(help="What to change. Default: the picture is varied.")] = None,
     checkpoint: CheckpointOption = None,
     output: OutputOption = Path("edited.png"),
     overwrite: OverwriteOption = False,
@@ -317,7 +318,7 @@ def edit(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ):
-    """Change a picture as told. Ends with 2 for input that cannot be used, with 1 for files that cannot be written."""
+    """Change a picture as told, or vary it. Ends with 2 for input that cannot be used, with 1 for files that cannot be written."""
     settings = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
     settings["image_guidance_scale"] = image_guidance_scale
     draw([instruction], image, checkpoint, output, overwrite, seed, num_images, device, as_json, settings)
@@ -400,7 +401,7 @@ def open_picture(path: Path) -> "Image":
 
 
 def draw(
-    prompts: list[str],
+    prompts: Sequence[str | None],
     image: Path | None,
     checkpoint: str | None,
     output: Path,
@@ -431,7 +432,7 @@ def draw(
         pipe = load_pipeline(checkpoint, device)
         options = {("num_inference_steps" if name == "steps" else name): value for name, value in settings.items()}
         pictures = pipe(
-            prompts,
+            list(prompts),
             image=None if picture is None else [picture],
             num_images_per_prompt=num_images,
             generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],  # the same on every device
@@ -592,14 +593,16 @@ def demo(
     with refusals():
         page = build(checkpoint, device)
         options = {"server_name": host, "server_port": port, "inbrowser": browser, "prevent_thread_lock": True}
-        _, url, _ = page.launch(**launch_options() | options)
+        with redirect_stdout(sys.stderr):  # Gradio tells of its MCP server, however quiet
+            _, url, _ = page.launch(**launch_options() | options)
     mcp = f"{url}gradio_api/mcp/" if page.mcp_server else None
     if as_json:
         typer.echo(json.dumps({"url": url, "mcp": mcp, "checkpoint": checkpoint}, indent=2))
     else:
         typer.echo(f"The demo is at {url}" + (f", its MCP server at {mcp}" if mcp else "") + ". Ctrl-C ends it.")
     sys.stdout.flush()  # before the wait
-    page.block_thread()
+    with redirect_stdout(sys.stderr):
+        page.block_thread()
 
 
 def require_gradio():

@@ -233,6 +233,13 @@ def test_the_queue_is_limited_and_the_model_has_one_visitor_at_a_time(page):
     assert page.delete_cache[1] <= 3600
 
 
+def test_each_tab_has_a_stop(page):
+    stops = [block.cancels for block in page.fns.values() if block.cancels]
+    assert [[page.fns[number].api_name for number in numbers] for numbers in stops] == [
+        ["draw"], ["edit"], ["ask"], ["learn"],
+    ]  # fmt: skip
+
+
 def test_the_notes_say_what_was_measured(request):
     results = request.config.rootpath / "results/shapes"
     score = json.loads((results / "score.json").read_text())["model"]["overall"]

@@ -96,7 +96,7 @@ def test_ask(visit, tmp_path):
     tab(page, "Ask")
     expect(picture(page, "Picture")).to_be_visible()
     page.get_by_role("button", name="Ask", exact=True).click()
-    answer = model.answer(app.example_pictures()[2], "Describe the image.")
+    *_, answer = model.answer(app.example_pictures()[2], "Describe the image.")
     assert re.fullmatch("an? .+", answer)
     expect(page.locator(".answer textarea")).to_have_value(answer)
     shot(page, tmp_path, "ask")
@@ -182,3 +182,45 @@ def test_stop(visit, slowly):
     expect(page.get_by_text(DRAWING)).to_have_count(0)
     page.wait_for_timeout(500)
     expect(thumbnails).to_have_count(8)
+
+
+@pytest.fixture
+def slow_answers():
+    """A hundred tokens, each a tenth of a second."""
+    mllm = model._pipeline.text_encoder.mllm
+    calls: list[float] = []
+
+    def wait(*_):
+        calls.append(time.monotonic())
+        time.sleep(0.1)
+
+    hook = mllm.register_forward_pre_hook(wait)
+    mllm.generation_config.min_new_tokens = 100
+    yield calls
+    hook.remove()
+    mllm.generation_config.min_new_tokens = None
+
+
+def test_stop_an_answer_by_keyboard(visit, slow_answers, tmp_path):
+    page = visit()
+    tab(page, "Ask")
+    expect(picture(page, "Picture")).to_be_visible()
+    page.get_by_label("Question").focus()
+    page.keyboard.press("Enter")
+    said = page.locator(".answer textarea")
+    expect(said).not_to_have_value("")  # its beginning, long before its end
+    shot(page, tmp_path, "asking")
+    page.get_by_label("Question").focus()
+    for name in ("Ask", "Stop"):
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name=name, exact=True).locator("visible=true")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(1000)
+    stopped, left = len(slow_answers), said.input_value()
+    page.wait_for_timeout(1000)
+    assert len(slow_answers) == stopped < 100 and said.input_value() == left
+    slow_answers.clear()
+    mllm = model._pipeline.text_encoder.mllm
+    mllm.generation_config.min_new_tokens = None
+    page.get_by_role("button", name="Ask", exact=True).click()  # and the next question is answered
+    expect(said).to_have_value(model._pipeline.describe(app.example_pictures()[2]))

@@ -51,6 +51,32 @@ def test_closing_stops_after_the_step_under_way(shipped):
     assert len(calls) < 30
 
 
+@pytest.fixture
+def talkative(shipped):
+    """The MLLM goes on for a hundred tokens."""
+    settings = shipped.text_encoder.mllm.generation_config
+    settings.min_new_tokens = 100
+    yield
+    settings.min_new_tokens = None
+
+
+def test_answers_word_by_word_what_the_pipeline_answers(shipped, scene):
+    beginnings = list(model.answer(scene, "Describe the image."))
+    assert beginnings[-1] == shipped.describe(scene) and len(set(beginnings)) > 3
+    assert all(more.startswith(less) for less, more in pairwise(beginnings))
+
+
+def test_closing_stops_an_answer_after_the_token_under_way(shipped, scene, talkative):
+    calls = []
+    hook = shipped.text_encoder.mllm.register_forward_hook(lambda *_: calls.append(1))
+    words = model.answer(scene, "Describe the image.")
+    next(words)
+    words.close()
+    drawn(Order("a star", steps=1))  # waits for the stopped answer
+    hook.remove()
+    assert 0 < len(calls) < 60
+
+
 def test_an_edit_reads_text_and_picture(shipped, scene):
     edited = drawn(Order("make it blue", scene, steps=2))
     expected = shipped(

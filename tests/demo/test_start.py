@@ -1,5 +1,6 @@
 """How the demo is started: by the command, as a Space, with another checkpoint, on ZeroGPU."""
 
+import json
 import os
 import shutil
 import socket
@@ -19,7 +20,9 @@ SPACE = Path(app.__file__).parent / "space"
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "iomm_hf", "demo", "--device", "cpu"], [str(SPACE / "app.py")]], ids=["command", "space"]
+    "command",
+    [["-m", "iomm_hf", "demo", "--device", "cpu", "--json"], [str(SPACE / "app.py")]],
+    ids=["command", "space"],
 )
 def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tmp_path):
     shutil.copytree(shipped_model(), tmp_path / "mine")
@@ -27,8 +30,8 @@ def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tm
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"IOMM_CHECKPOINT": str(tmp_path / "mine"), "GRADIO_SERVER_PORT": str(port)}
-    with (tmp_path / "log").open("w") as log:
-        demo = subprocess.Popen([sys.executable, *command], env=os.environ | settings, stdout=log, stderr=log)
+    with (tmp_path / "log").open("w") as log, (tmp_path / "out").open("w") as out:
+        demo = subprocess.Popen([sys.executable, *command], env=os.environ | settings, stdout=out, stderr=log)
     try:
         for _ in range(600):
             assert demo.poll() is None, (tmp_path / "log").read_text()
@@ -41,6 +44,8 @@ def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tm
     finally:
         demo.terminate()
         demo.wait(60)
+    if "--json" in command:
+        assert json.loads((tmp_path / "out").read_text())["url"] == f"http://127.0.0.1:{port}/"
 
 
 def test_on_zerogpu_what_draws_and_answers_asks_for_a_gpu(tmp_path):

@@ -20,21 +20,12 @@ from iomm_hf.evaluation.results import Details, Incomplete, read_result
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
 from iomm_hf.pipeline_iomm import IOMMPipeline
+from iomm_hf.testing.authors_files import write_wise
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
 
 
 STEPS = {"num_inference_steps": 1, "guidance_scale": 1.0}
-WORDING = """
-def build(prompt_data, image):
-    return [
-        {"role": "system", "content": [{"type": "text", "text": "You judge {strictly}."}]},
-        {"role": "user", "content": [
-            {"type": "text", "text": f'''Of "{prompt_data["Prompt"]}" ({prompt_data['Explanation']}).'''},
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-        ]},
-    ]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +44,6 @@ def drawn(tmp_path_factory):
 def config(benchmark: str, output: Path, **more) -> EvaluationConfig:
     arguments = {} if "pictures" in more else dict(STEPS)  # given pictures are scored as they are
     return EvaluationConfig(benchmark, output, **{"arguments": arguments, "device": "cpu", **more})
-
-
-def write_wise(folder: Path, name: str):
-    """The authors' files in their form, with items of our own."""
-    origin = REPOSITORIES[name]
-    per_file = (range(1, 401), range(401, 701), range(701, 1001))
-    for file, ids in zip(origin.prompts, per_file, strict=True):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt_id": i, "Prompt": f"thing {i}", "Explanation": f"it is {i}", "Subcategory": "x"} for i in ids]
-        (folder / file).write_text(json.dumps(rows))
-    (folder / origin.wording).write_text(WORDING)
 
 
 def judge_of(server: LocalJudge, **more) -> dict:

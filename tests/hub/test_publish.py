@@ -1,6 +1,7 @@
 """Publishing to a local Hub, every way to load the result in a fresh process, and what is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 
@@ -238,7 +239,8 @@ PUBLISH_FROZEN = (
 from iomm_hf import IOMMPipeline
 from iomm_hf.hub.publish import publish
 
-whole, referring, output, home = sys.argv[1:]
+whole, referring, output, expected = sys.argv[1:]
+torch.save(draw(IOMMPipeline.from_pretrained(whole)), expected)
 options = dict(licences=LICENCES, num_inference_steps=2, prompts=["a star"])
 published = publish(whole, "user/referring", include_frozen=False, private=True, revision="v1", output_dir=output, **options)
 dry = publish(referring, "user/whole", dry_run=True, output_dir=output + "-whole", **options)
@@ -254,6 +256,26 @@ assert "The frozen weights 'user/gone'" in said, said
 )
 
 
+SNIPPET = (
+    WITHOUT_PACKAGE
+    + """
+from huggingface_hub import constants, snapshot_download
+
+code, expected = sys.argv[1:]
+folder = snapshot_download("user/referring", revision="v1")
+if constants.HF_HUB_OFFLINE:
+    code = code.replace('"user/referring"', repr(folder))
+names = {}
+exec(code, names)
+pipe = names["pipe"]
+assert torch.equal(draw(pipe), torch.load(expected, weights_only=True))
+for part in (pipe, pipe.text_encoder, pipe.processor):
+    assert type(part).__module__.startswith(("diffusers_modules.", "transformers_modules.")), type(part).__module__
+assert "iomm_hf" not in sys.modules
+"""
+)
+
+
 @pytest.mark.slow
 def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, client, frozen, tmp_path):
     hub.create_repo("user/public")
@@ -262,7 +284,7 @@ def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, client, frozen,
     client(
         hub.environment(tmp_path / "home"),
         PUBLISH_FROZEN,
-        *map(str, (frozen / "whole", frozen / "referring", output, tmp_path / "home")),
+        *map(str, (frozen / "whole", frozen / "referring", output, tmp_path / "expected.pt")),
     )
     assert hub.is_private("user/referring") and set(hub.resolve("user/referring").files) == {".gitattributes"}
     files = hub.resolve("user/referring", "v1").files
@@ -272,6 +294,16 @@ def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, client, frozen,
     card = ModelCard.load(output / "README.md")
     assert card.data.base_model == ["user/mllm", "user/vae"] and "fetched at load" in card.text
     assert 'AutoencoderKL.from_pretrained("user/vae"' in card.text and 'revision="v1"' in card.text
+
+    # What the card tells readers to run who have no iomm-hf, as it stands there, online and then as it says for offline
+    code = re.search(r"```python\n(import torch\nfrom diffusers import .*?)```", card.text, re.DOTALL)[1]
+    code = code.replace("<commit>", hub.resolve("user/referring", "v1").id)
+    reader = hub.environment(tmp_path / "reader")
+    reader.pop("PYTHONPATH", None)
+    client(reader, SNIPPET, code, str(tmp_path / "expected.pt"))
+    hub.requests.clear()
+    client(reader | {"HF_HUB_OFFLINE": "1"}, SNIPPET, code, str(tmp_path / "expected.pt"))
+    assert hub.requests == []
 
     with pytest.raises(HubError, match="user/whole"):
         hub.resolve("user/whole")

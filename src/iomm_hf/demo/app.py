@@ -225,7 +225,7 @@ def edit(
         yield from draw_steps(order, progress)
 
 
-def ask(picture: dict | None, question: str = "Describe the image.") -> str:
+def ask(picture: dict | None, question: str = "Describe the image.") -> Iterator[str]:
     """Ask the frozen multimodal language model about a picture.
 
     Args:
@@ -233,11 +233,12 @@ def ask(picture: dict | None, question: str = "Describe the image.") -> str:
         question: What to answer, such as "How many stars are there?".
 
     Returns:
-        The answer.
+        The answer, after its beginnings.
     """
     with told():
         model.check_text(question or "", "Ask something, such as “Describe the image.”")
-        return model.answer(read_upload(picture), question)
+        with closing(model.answer(read_upload(picture), question)) as answer:
+            yield from answer
 
 
 def learn(
@@ -476,13 +477,21 @@ def build(checkpoint: str | None = None, device: str | None = None) -> gr.Blocks
                 ask_source = source = upload()
             with gr.Column(scale=5):
                 question = gr.Textbox(QUESTIONS[0], label="Question", max_length=model.MAX_TEXT)
-                run = gr.Button("Ask", variant="primary")
+                run, stop, status = buttons("Ask")
                 gr.Examples([[text] for text in QUESTIONS], question, label="Try", api_visibility="private")
                 said = gr.Textbox(label="Answer", interactive=False, lines=3, elem_classes="answer", buttons=["copy"])
                 note("ask")
-            gr.on(
-                [run.click, question.submit], ask, [source, question], said, api_name="ask", preprocess=False, **shared
+            asked = gr.on(
+                [run.click, question.submit],
+                ask,
+                [source, question],
+                said,
+                api_name="ask",
+                preprocess=False,
+                show_progress_on=status,
+                **shared,
             )
+            stop.click(None, cancels=asked, api_visibility="private")
 
         with gr.Tab("How it learns", id="learn"):
             gr.HTML(

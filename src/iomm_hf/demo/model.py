@@ -41,7 +41,7 @@ HIDDEN, LINE = (128, 132, 140), (255, 255, 255)
 gpu: Callable = spaces.GPU if ON_SPACES else lambda function: function
 
 _pipeline: IOMMPipeline | None = None
-_drawing = threading.Lock()
+_busy = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -171,50 +171,59 @@ def draw(order: Order) -> Iterator[Step]:
     ```
     """
     pipeline = model()
-    news: SimpleQueue[Step | Exception] = SimpleQueue()
-    stop = threading.Event()
-    shown = time.monotonic()
 
-    def report(pipeline: IOMMPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
-        nonlocal shown
-        preview, last = None, step + 1 == pipeline.num_timesteps
-        if not last and time.monotonic() - shown > PREVIEW_SECONDS:
-            [preview] = pipeline.decode(tensors["denoised"])
-            shown = time.monotonic()
-        news.put(Step(step + 1, pipeline.num_timesteps, preview))
-        pipeline._interrupt = stop.is_set()
-        return {}
+    def work(tell: Callable[[Step], None], stop: threading.Event):
+        shown = time.monotonic()
+
+        def report(
+            pipeline: IOMMPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        ) -> dict:
+            nonlocal shown
+            preview, last = None, step + 1 == pipeline.num_timesteps
+            if not last and time.monotonic() - shown > PREVIEW_SECONDS:
+                [preview] = pipeline.decode(tensors["denoised"])
+                shown = time.monotonic()
+            tell(Step(step + 1, pipeline.num_timesteps, preview))
+            pipeline._interrupt = stop.is_set()
+            return {}
+
+        [picture] = pipeline(
+            **inputs(pipeline, order),
+            height=order.size,
+            width=order.size,
+            num_inference_steps=order.steps,
+            guidance_scale=order.guidance_scale,
+            generator=torch.Generator().manual_seed(order.seed),
+            callback_on_step_end=report,
+            callback_on_step_end_tensor_inputs=["denoised"],
+            return_dict=False,
+        )[0]
+        tell(Step(pipeline.num_timesteps, pipeline.num_timesteps, picture))
+
+    yield from tellings(work)
+
+
+def tellings(work: Callable[[Callable[[Any], None], threading.Event], None]) -> Iterator[Any]:
+    """What `work(tell, stop)` tells while the model is its own. Closing the generator sets `stop`, which `work` heeds."""
+    news: SimpleQueue[Any] = SimpleQueue()
+    stop, done = threading.Event(), object()
 
     def run():
         try:
-            with _drawing:  # a drawing that was stopped may still be at its last step
-                if stop.is_set():
-                    return
-                [picture] = pipeline(
-                    **inputs(pipeline, order),
-                    height=order.size,
-                    width=order.size,
-                    num_inference_steps=order.steps,
-                    guidance_scale=order.guidance_scale,
-                    generator=torch.Generator().manual_seed(order.seed),
-                    callback_on_step_end=report,
-                    callback_on_step_end_tensor_inputs=["denoised"],
-                    return_dict=False,
-                )[0]
-                news.put(Step(pipeline.num_timesteps, pipeline.num_timesteps, picture))
+            with _busy:  # work that was stopped may still be at its last step
+                if not stop.is_set():
+                    work(news.put, stop)
+            news.put(done)
         except Exception as error:  # raised again where the visitor waits
             news.put(error)
 
-    # The pipeline calls back and a generator is called: a thread between them turns the one into the other.
+    # The model calls back and a generator is called: a thread between them turns the one into the other.
     threading.Thread(target=run, daemon=True).start()
     try:
-        while True:
-            item = news.get()
+        while (item := news.get()) is not done:
             if isinstance(item, Exception):
                 raise item
             yield item
-            if item.step == item.steps and item.picture is not None:
-                return
     finally:
         stop.set()
 
@@ -266,10 +275,46 @@ def hidden_patches(mask_ratio: float, seed: int) -> np.ndarray:
 
 
 @gpu
-def answer(picture: Image.Image, question: str) -> str:
-    """What the frozen MLLM says about a picture."""
-    with _drawing:
-        return model().ask(picture, question)  # type: ignore[return-value]  # one picture, one question
+def answer(picture: Image.Image, question: str) -> Iterator[str]:
+    r"""
+    What the frozen MLLM says about a picture, as it says it. Closing the generator stops it after the token under way.
+
+    Args:
+        picture (`PIL.Image.Image`): The picture, in RGB.
+        question (`str`): What to answer.
+
+    Yields:
+        `str`: what it has said so far, token by token, the last time the whole answer.
+
+    Raises:
+        `ValueError`: what the pipeline refuses, such as a question of too many tokens.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from iomm_hf.demo import model
+    >>> _ = model.load(device="cpu")
+    >>> *_, said = model.answer(Image.new("RGB", (64, 64)), "Describe the image.")
+    >>> said == model.model().describe(Image.new("RGB", (64, 64)))
+    True
+    ```
+    """
+    pipeline = model()
+
+    def work(tell: Callable[[str], None], stop: threading.Event):
+        read = None  # tokens of picture and question, which come before the answer's
+
+        def report(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            nonlocal read
+            read = read or tokens.shape[1] - 1
+            tell(pipeline.processor.tokenizer.decode(tokens[0, read:], skip_special_tokens=True).strip())
+            return torch.full((len(tokens),), stop.is_set(), device=tokens.device)
+
+        said = pipeline.ask(picture, question, stopping_criteria=[report])
+        tell(said)  # type: ignore[arg-type]  # one picture, one question
+
+    yield from tellings(work)
 
 
 def method_picture(picture: Image.Image, hidden: np.ndarray, drawn: Image.Image | None = None) -> Image.Image:
