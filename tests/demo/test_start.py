@@ -33,7 +33,7 @@ def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tm
     with (tmp_path / "log").open("w") as log, (tmp_path / "out").open("w") as out:
         demo = subprocess.Popen([sys.executable, *command], env=os.environ | settings, stdout=out, stderr=log)
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert demo.poll() is None, (tmp_path / "log").read_text()
             try:
                 page = httpx.get(f"http://127.0.0.1:{port}/config")
@@ -41,6 +41,8 @@ def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tm
             except httpx.TransportError:
                 time.sleep(0.1)
         assert page.status_code == 200 and f"<code>{tmp_path / 'mine'}</code>" in page.text
+        while "--json" in command and not (tmp_path / "out").read_text() and demo.poll() is None:
+            time.sleep(0.1)  # it listens before it says so
     finally:
         demo.terminate()
         demo.wait(60)
