@@ -52,7 +52,7 @@ def judge_of(server: LocalJudge, **more) -> dict:
 
 
 def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors, tmp_path):
-    options = {"limit": 6, "detector": detectors[0], "clip": detectors[1]}
+    options = {"limit": 6, "detector": detectors[0], "clip": detectors[1], "ema": True}
     result, file = evaluate(config("geneval", tmp_path, **options))
     assert read_result(file) == result and result["schema"] == "iomm-hf/evaluation/1"
     assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0, "without_note": 0}
@@ -65,12 +65,17 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
         "color_attr",
     }
     assert result["scores"]["tasks"]["position"]["total"] == 4 and result["scores"]["overall"] is not None
+    assert result["benchmark"] == load_benchmark("geneval", limit=6).describe()
     assert result["benchmark"]["subset"] == 6 and result["benchmark"]["rewriting"] is None
+    assert {"name", "version", "source", "prompts_sha256"} <= set(result["benchmark"])
+    for model in ("detector", "clip"):
+        assert {model, f"{model}_revision", f"{model}_sha256"} <= set(result["scorer"])
     generation = result["generation"]
     assert (
         generation["arguments"] == STEPS and generation["seed"] == 0 and generation["model"]["class"] == "IOMMPipeline"
     )
     assert set(generation["model"]["weights_sha256"]) == {"text_encoder", "transformer", "vae"}
+    assert generation["model"]["ema"] is True and {"revision", "dtype"} <= set(generation["model"])
     assert generation["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert result["picture_sizes"] == {"64x64": 24} and result["scorer"]["kind"] == "detector"
     assert (
