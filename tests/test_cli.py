@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,16 +225,22 @@ def test_evaluate_refuses_what_cannot_be_used(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def questions_of_dpg(folder: Path) -> Path:
+    """One question about each of DPG-Bench's items, as their authors lay it out."""
+    (folder / "dpg_bench").mkdir(parents=True)
+    rows = [f"{json.loads(line)['item_id']},1,0,Is it?" for line in DPG_PROMPTS.read_text().splitlines()]
+    header = "item_id,proposition_id,dependency,question_natural_language\n"
+    (folder / "dpg_bench/dpg_bench.csv").write_text(header + "\n".join(rows))
+    return folder
+
+
 def test_a_judge_is_not_asked_unasked(tmp_path, monkeypatch):
     """Nobody sits at the terminal of a test: what asking costs is told, and nothing is sent without --yes."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (tmp_path / "dpg_bench").mkdir()
-    rows = [f"{json.loads(line)['item_id']},1,0,Is it?" for line in DPG_PROMPTS.read_text().splitlines()]
-    header = "item_id,proposition_id,dependency,question_natural_language\n"
-    (tmp_path / "dpg_bench/dpg_bench.csv").write_text(header + "\n".join(rows))
+    data = questions_of_dpg(tmp_path / "data")
     with LocalJudge(lambda request: "yes") as server:
         judge = ("--judge", "local-judge-1", "--judge-url", server.address, "--price-in", "1", "--price-out", "2")
-        arguments = ("--benchmark", "dpg", "--limit", "1", "--data", str(tmp_path), *judge)
+        arguments = ("--benchmark", "dpg", "--limit", "1", "--data", str(data), *judge)
         refused = evaluate(tmp_path / "run", *arguments)
         assert (
             refused.exit_code == 2
@@ -245,6 +252,33 @@ def test_a_judge_is_not_asked_unasked(tmp_path, monkeypatch):
         done = evaluate(tmp_path / "run", *arguments, "--yes", "--json")
         assert done.exit_code == 0, done.output
         assert len(server.requests) == 4 and json.loads(done.stdout)["scores"]["overall"]["value"] == 100.0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_a_judge_is_asked_when_somebody_at_the_terminal_says_so(tmp_path):
+    import pty
+
+    data = questions_of_dpg(tmp_path / "data")
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    with LocalJudge(lambda request: "yes") as server:
+        arguments = ["--benchmark", "dpg", "--limit", "1", "--steps", "1", "--device", "cpu", "--data", str(data)]
+        arguments += ["--judge", "local-judge-1", "--judge-url", server.address, "--output", str(tmp_path / "run")]
+        for said, code, asked in (("n", 2, 0), ("y", 0, 4)):
+            here, there = pty.openpty()
+            os.write(here, f"{said}\n".encode())
+            done = subprocess.run(
+                [sys.executable, "-m", "iomm_hf", "evaluate", *arguments],
+                stdin=there,
+                capture_output=True,
+                text=True,
+                env=environment,
+            )
+            os.close(here)
+            os.close(there)
+            assert done.returncode == code and len(server.requests) == asked, done.stderr
+            assert "4 requests with 4 pictures" in done.stderr and "Go on? [y/N]" in done.stderr
+            assert ("Not asked, as you wished." in done.stderr) is (said == "n")
+            assert (tmp_path / "run").exists() is (said == "y")
 
 
 def test_demo_without_gradio_names_the_extra(monkeypatch):

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
-from iomm_hf.evaluation.figures import draw_sheet, plot_logs, plot_losses, plot_run
+from iomm_hf.evaluation.figures import draw_bars, draw_radar, draw_sheet, plot_logs, plot_losses, plot_run
 
 
 def test_a_sheet_has_a_row_a_model_and_a_column_a_prompt(tmp_path, images):
@@ -54,3 +54,17 @@ def test_a_run_shows_all_its_curves_and_gaps_where_an_update_was_left_out(tmp_pa
         len(Image.open(tmp_path / f"{n}.png").convert("RGB").getcolors(500_000)) for n in ("curves", "loss")
     )
     assert curves > loss > 3
+
+
+def test_scores_are_drawn_with_all_names_inside_the_picture(tmp_path):
+    rows = {
+        "a run of mine, 30 steps, guidance 3 (only 6 items)": [0.5, 0.2, 0.9],
+        "IOMM-B 512 (paper)": [0.9, 0.8, 0.7],
+    }
+    parts = ["single_object", "counting", "color_attr"]
+    draw_radar(parts, rows, tmp_path / "radar.png")
+    draw_bars({name: dict(zip(parts, row, strict=True)) for name, row in rows.items()}, tmp_path / "bars.png")
+    for name in ("radar.png", "bars.png"):
+        picture = Image.open(tmp_path / name).convert("RGB")
+        left, top, right, bottom = ImageChops.invert(picture).getbbox()  # of what is not white
+        assert left > 0 and top > 0 and right < picture.width and bottom < picture.height, name

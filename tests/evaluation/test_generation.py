@@ -13,6 +13,7 @@ from PIL import Image
 from iomm_hf.evaluation.benchmarks import check_item, first_items, load_benchmark
 from iomm_hf.evaluation.generation import generate, grid, in_batches, read_note
 from iomm_hf.evaluation.results import Incomplete, find_pictures, read_software
+from iomm_hf.integrity import sha256
 
 
 STEPS = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -226,7 +227,8 @@ def test_rewritten_prompts_are_drawn_and_told(pipe, tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     benchmark = load_benchmark("geneval", rewritten=file, limit=3)
     assert benchmark.drawings[3].prompt == "a photo of a bench" and benchmark.drawings[4].prompt.endswith(", large")
-    assert benchmark.rewriting["prompts_changed"] == 552 and benchmark.rewriting["file"] == "rewritten.jsonl"
+    told = {"file": "rewritten.jsonl", "sha256": sha256(file), "prompts_changed": 552}
+    assert benchmark.rewriting == benchmark.describe()["rewriting"] == told
     file.write_text("\n".join(map(json.dumps, rows[:-1])))
     with pytest.raises(ValueError, match="1 are missing"):
         load_benchmark("geneval", rewritten=file)

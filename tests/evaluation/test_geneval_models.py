@@ -1,11 +1,13 @@
 """The detector's and CLIP's side of GenEval, on tiny random models of the real classes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from iomm_hf.evaluation.geneval_models import GenEvalModels, class_names, read_detections
+from iomm_hf.evaluation.geneval_models import GenEvalModels, class_names, cut_out, read_detections
 from iomm_hf.evaluation.geneval_rules import CLASSES, COLORS
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
 
@@ -52,6 +54,20 @@ def test_what_is_seen_belongs_to_the_picture(models, images):
             assert item.label in CLASSES and 0 < item.score <= 1
     again, _ = models.detect(images[0])
     assert again == models.detect(images[0])[0]
+
+
+def test_an_object_is_cut_out_of_its_box_and_put_on_grey():
+    """As the original does: `bgcolor` #999, outside of the mask, before the crop to the box."""
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    mask = np.zeros((6, 8), dtype=bool)
+    mask[1:4, 2:5] = True
+    mask[2, 3] = False  # a hole
+    mask[5, 7] = True  # a piece outside of the box
+    cut = np.asarray(cut_out(Image.fromarray(pixels), (2.0, 1.0, 6.0, 4.0), mask))
+    expected = np.full((3, 4, 3), 0x99, dtype=np.uint8)
+    expected[:, :3] = pixels[1:4, 2:5]
+    expected[1, 1] = 0x99
+    assert (cut == expected).all()
 
 
 def test_colors_are_classified_on_the_object_alone(models):
@@ -104,3 +120,29 @@ def test_a_detector_of_other_classes_is_refused():
         class_names({**names, 56: "Stool"})
     with pytest.raises(ValueError, match="of this one's 2, 79 are missing"):
         class_names({0: "person", 1: "wall"})
+
+
+def test_detector_and_clip_of_the_hub_are_named_by_the_commits_that_were_read(hub, client, tmp_path):
+    folders = save_tiny_detectors(tmp_path / "models")
+    commits = {}
+    for folder in folders:
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        commits[folder.name] = hub.commit_files(f"user/{folder.name}", files | {"pytorch_model.bin": b"a pickle"})
+        hub.commit_files(f"user/{folder.name}", {"config.json": b"{}"})  # a later one, which is not asked for
+    code = """
+from iomm_hf.evaluation.geneval_models import GenEvalModels, resolve_model
+commits = json.loads(sys.argv[1])
+models = GenEvalModels(
+    "user/detector", "user/clip", detector_revision=commits["detector"], clip_revision=commits["clip"]
+)
+folder, _ = resolve_model("user/detector", commits["detector"])
+pathlib.Path(sys.argv[2]).write_text(json.dumps([models.about, [file.name for file in folder.iterdir()]]))
+"""
+    client(hub.environment(tmp_path / "home"), code, json.dumps(commits), str(tmp_path / "told.json"))
+    about, files = json.loads((tmp_path / "told.json").read_text())
+    assert (about["detector"], about["detector_revision"]) == ("user/detector", commits["detector"])
+    assert (about["clip"], about["clip_revision"]) == ("user/clip", commits["clip"])
+    here = GenEvalModels(*map(str, folders)).about
+    assert here["detector_revision"] is None  # of a folder its weights tell
+    assert all(about[name] == here[name] for name in ("detector_sha256", "clip_sha256"))
+    assert "model.safetensors" in files and "pytorch_model.bin" not in files

@@ -15,8 +15,10 @@ from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.judges import TransformersJudge
+from iomm_hf.evaluation.judging import ask_all, judged
 from iomm_hf.evaluation.report import caption, looked_at, pictures_of, places_of, worst, write_report
-from iomm_hf.evaluation.results import Details, Incomplete, read_result
+from iomm_hf.evaluation.results import Details, Incomplete, read_result, values_of
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
 from iomm_hf.pipeline_iomm import IOMMPipeline
@@ -51,7 +53,7 @@ def judge_of(server: LocalJudge, **more) -> dict:
 
 
 def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors, tmp_path):
-    options = {"limit": 6, "detector": detectors[0], "clip": detectors[1]}
+    options = {"limit": 6, "detector": detectors[0], "clip": detectors[1], "ema": True}
     result, file = evaluate(config("geneval", tmp_path, **options))
     assert read_result(file) == result and result["schema"] == "iomm-hf/evaluation/1"
     assert result["counts"] == {"expected": 24, "found": 24, "pictures": 24, "filtered": 0, "without_note": 0}
@@ -64,12 +66,17 @@ def test_geneval_from_the_tiny_model_to_a_result_that_says_everything(detectors,
         "color_attr",
     }
     assert result["scores"]["tasks"]["position"]["total"] == 4 and result["scores"]["overall"] is not None
+    assert result["benchmark"] == load_benchmark("geneval", limit=6).describe()
     assert result["benchmark"]["subset"] == 6 and result["benchmark"]["rewriting"] is None
+    assert {"name", "version", "source", "prompts_sha256"} <= set(result["benchmark"])
+    for model in ("detector", "clip"):
+        assert {model, f"{model}_revision", f"{model}_sha256"} <= set(result["scorer"])
     generation = result["generation"]
     assert (
         generation["arguments"] == STEPS and generation["seed"] == 0 and generation["model"]["class"] == "IOMMPipeline"
     )
     assert set(generation["model"]["weights_sha256"]) == {"text_encoder", "transformer", "vae"}
+    assert generation["model"]["ema"] is True and {"revision", "dtype"} <= set(generation["model"])
     assert generation["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert result["picture_sizes"] == {"64x64": 24} and result["scorer"]["kind"] == "detector"
     assert (
@@ -113,8 +120,8 @@ def test_shapes_are_drawn_and_scored_as_by_the_recipe(tmp_path):
         ("wise-verified", "<think>Score: 0?</think>Score: 1", 1.0),
     ],
 )
-def test_wise_is_judged_in_its_authors_words(tmp_path, name, reply, overall):
-    write_wise(tmp_path / "data", name)
+def test_wise_is_judged_in_its_authors_words(write_files, tmp_path, name, reply, overall):
+    write_files(name, tmp_path / "data")
     pictures = tmp_path / "given"  # from elsewhere: no generation.json
     pictures.mkdir()
     benchmark = load_benchmark(name, data=tmp_path / "data", limit=25)
@@ -137,19 +144,63 @@ def test_wise_is_judged_in_its_authors_words(tmp_path, name, reply, overall):
     assert set(result["files"]["sha256"]) == {*REPOSITORIES[name].prompts, REPOSITORIES[name].wording}
 
 
-@pytest.mark.parametrize("name", ["wise", "wise-verified"])
-def test_wise_is_drawn_and_judged_by_models_that_run_here(vlm, tmp_path, name):
-    write_wise(tmp_path / "data", name)
-    options = {"data": tmp_path / "data", "limit": 2, "judge": str(vlm), "judge_options": {"max_tokens": 4}}
+@pytest.mark.parametrize(
+    ("name", "questions", "values"),
+    [
+        ("dpg", 16, {"overall": 0.0}),  # two questions about each of four pictures, of two items
+        ("wise", 2, {"overall": None, "culture": 0.0, "time": 0.0}),
+        ("wise-verified", 2, {"overall": None, "culture": 0.0, "time": 0.0}),
+        ("imgedit", 2, {"overall": None, "add": 1.0}),  # no style among these
+    ],
+)
+def test_judged_benchmarks_are_drawn_and_judged_by_models_that_run_here(
+    write_files, vlm, tmp_path, name, questions, values
+):
+    data = write_files(name, tmp_path / "data")
+    options = {"data": data, "limit": 2, "judge": str(vlm), "judge_options": {"max_tokens": 4}}
     result, _ = evaluate(config(name, tmp_path / "run", unreadable="lowest", **options))
     # A judge of random weights says nothing readable: that is told, and is the lowest score only because that was asked for.
-    counts, told = result["counts"], {part["value"] for part in result["scores"]["categories"].values() if part}
-    assert counts["found"] == 2 == sum(counts[status] for status in ("unreadable", "cut off", "empty"))
-    assert told == {0.0} and result["scorer"]["unreadable"] == "lowest" and len(result["generation"]["software"]) == 1
+    counts = result["counts"]
+    assert counts["found"] == 2 and counts["without_note"] == 0
+    assert counts["questions"] == questions == sum(counts[kind] for kind in ("unreadable", "cut off", "empty"))
+    assert values_of(name, result["scores"]) == values and result["scorer"]["unreadable"] == "lowest"
+    assert result["scorer"]["weights_sha256"] and len(result["generation"]["software"]) == 1
 
 
-def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
-    write_wise(tmp_path / "data", "wise-verified")
+def test_the_two_wises_do_not_score_each_others_pictures(write_files, tmp_path):
+    """Neither beside the record of how they were drawn, nor moved away from it; each has pictures and answers of its own."""
+    for name in ("wise", "wise-verified"):
+        write_files(name, tmp_path / name)
+    evaluate(config("wise", tmp_path / "run", data=tmp_path / "wise", limit=1, step="generate"))
+    shutil.copytree(tmp_path / "run/pictures", tmp_path / "moved")
+    with LocalJudge(lambda request: "Score: 1") as server:
+        options = {"data": tmp_path / "wise-verified", "limit": 1, **judge_of(server)}
+        with pytest.raises(OSError, match="were drawn with name 'wise', not 'wise-verified'"):
+            evaluate(config("wise-verified", tmp_path / "run", step="score", **options))
+        with pytest.raises(OSError, match="was drawn for the benchmark 'wise', and 'wise-verified' is asked for"):
+            evaluate(config("wise-verified", tmp_path / "other", pictures=tmp_path / "moved", **options))
+        with pytest.raises(OSError, match="holds no data_verified/"):
+            evaluate(config("wise-verified", tmp_path / "other", **options | {"data": tmp_path / "wise"}))
+    assert server.requests == []
+
+
+def test_ranks_share_out_what_a_judge_that_runs_here_is_asked(write_files, vlm, tmp_path):
+    data, given = write_files("dpg", tmp_path / "data"), tmp_path / "given"
+    given.mkdir()
+    benchmark = load_benchmark("dpg", data=data, limit=1)
+    [drawing] = benchmark.drawings
+    Image.new("RGB", (32, 32), "red").save(given / drawing.path)
+    task, judge = judged(benchmark, {drawing.path: given / drawing.path}), TransformersJudge(str(vlm), max_tokens=2)
+    for rank in (2, 0, 1):
+        ask_all(task, judge, Details(tmp_path, rank), rank=rank, num_ranks=3)
+    files = sorted(tmp_path.glob("details-*.jsonl"))
+    shares = [[json.loads(line)["key"] for line in file.open()] for file in files]
+    assert [len(share) for share in shares] == [3, 3, 2]
+    assert sorted(key for share in shares for key in share) == sorted(task.keys)
+
+
+def test_what_is_not_answered_is_no_score_and_is_asked_again(write_files, tmp_path):
+    write_files("wise-verified", tmp_path / "data")
     benchmark = load_benchmark("wise-verified", data=tmp_path / "data", limit=8)
     (tmp_path / "given").mkdir()
     for drawing in benchmark.drawings:
@@ -233,8 +284,8 @@ def test_what_was_seen_in_one_picture_is_not_said_of_another_of_its_name(tmp_pat
     assert len(file.with_name("details-0.jsonl").read_text().splitlines()) == 12  # each was looked at once
 
 
-def test_an_answer_is_of_one_wording_of_questions_and_prompts(tmp_path):
-    write_wise(tmp_path / "data", "wise-verified")
+def test_an_answer_is_of_one_wording_of_questions_and_prompts(write_files, tmp_path):
+    write_files("wise-verified", tmp_path / "data")
     (tmp_path / "given").mkdir()
     for drawing in load_benchmark("wise-verified", data=tmp_path / "data", limit=2).drawings:
         Image.new("RGB", (16, 16), "red").save(tmp_path / "given" / drawing.path)
@@ -260,8 +311,8 @@ def test_an_answer_is_of_one_wording_of_questions_and_prompts(tmp_path):
     assert result["scores"]["categories"]["culture"]["value"] == 1.0 and len(server.requests) == 2
 
 
-def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
-    write_wise(tmp_path / "data", "wise")
+def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(write_files, tmp_path):
+    write_files("wise", tmp_path / "data")
     with LocalJudge(lambda request: "") as server:
         options = {"data": tmp_path / "data", "limit": 8, **judge_of(server)}
         with pytest.raises(ValueError, match="8 requests would be sent, more than the 7"):
@@ -276,13 +327,8 @@ def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
         config("wise", tmp_path / "run")
 
 
-def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
-    (tmp_path / "data/dpg_bench").mkdir(parents=True)
-    header = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
-    rows = [
-        f"{row},x,,1,0,e,w,t,Is it red?\n{row},x,,2,1,e,w,t,Is it there?" for row in load_benchmark("dpg").metadata
-    ]
-    (tmp_path / "data/dpg_bench/dpg_bench.csv").write_text("\n".join([header, *rows]))
+def test_dpg_asks_about_each_quarter_and_minds_dependence(write_files, tmp_path):
+    write_files("dpg", tmp_path / "data")
     (tmp_path / "given").mkdir()
     sheet = Image.new("RGB", (32, 32), "red")
     sheet.paste("blue", (16, 16, 32, 32))  # the last quarter is not red
@@ -319,26 +365,12 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
     assert caption(failed[0], tmp_path / "given") == "Is it red? | answered: No."
 
 
-def imgedit_files(data: Path) -> Path:
-    """The benchmark's files in their layout, all of whose items edit one picture."""
-    origin = REPOSITORIES["imgedit"]
-    (data / "Benchmark/Basic").mkdir(parents=True)
-    (data / "pictures/animal").mkdir(parents=True)
-    Image.new("RGB", (64, 64), "green").save(data / "pictures/animal/1.jpg")
-    items = {
-        str(i): {"id": "animal/1.jpg", "prompt": f"edit {i}", "edit_type": "add" if i % 2 else "style"}
-        for i in range(1, 738)
-    }
-    (data / origin.prompts[0]).write_text(json.dumps(items))
-    (data / origin.wording).write_text(json.dumps({"add": "Add <edit_prompt>!", "style": "Style <edit_prompt>!"}))
-    return data
-
-
-def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
-    data = imgedit_files(tmp_path / "data")
+def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(write_files, tmp_path):
+    data = write_files("imgedit", tmp_path / "data")
     with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
         result, file = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
-    assert result["scores"]["overall"]["value"] == 4.0 and result["counts"]["found"] == 2
+    assert result["scores"]["mean_of_items"] == 4.0 and result["counts"]["found"] == 2
+    assert result["scores"]["overall"] is None  # both items are of one type
     content = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url"]
     assert content[0]["text"] in ("Add edit 1!", "Style edit 369!", "Add edit 369!")
@@ -364,8 +396,8 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
         evaluate(config("imgedit", tmp_path / "evil", data=data, limit=1, **judge_of(server)))
 
 
-def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(tmp_path):
-    data = imgedit_files(tmp_path / "data")
+def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(write_files, tmp_path):
+    data = write_files("imgedit", tmp_path / "data")
     scores = iter((5, 5, 1, 1))
     with LocalJudge(
         lambda request: "Compliance: {0}\nSeamlessness: {0}\nFidelity: {0}".format(next(scores))
@@ -382,7 +414,7 @@ def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(tmp_path):
         for picture in (tmp_path / "run/pictures").glob("*.png"):
             Image.open(picture).save(picture)  # pictures from elsewhere do not say what they were drawn from
         result, _ = evaluate(run)
-    assert result["scores"]["overall"]["value"] == 1.0 and len(server.requests) == 4  # old answers do not count
+    assert result["scores"]["mean_of_items"] == 1.0 and len(server.requests) == 4  # old answers do not count
 
 
 def test_other_pictures_than_were_drawn_are_refused(detectors, tmp_path):
@@ -511,3 +543,23 @@ def test_ranks_of_a_launcher_draw_and_score_what_one_process_does(detectors, tmp
     assert sorted(path.name for path in ranks.parent.glob("details-*")) == ["details-0.jsonl", "details-1.jsonl"]
     assert read_result(ranks)["scores"] == read_result(one)["scores"]
     assert read_result(ranks)["pictures_sha256"] == read_result(one)["pictures_sha256"]
+
+
+@pytest.mark.slow
+def test_of_all_ranks_only_the_first_asks_a_served_judge(write_files, tmp_path):
+    data = write_files("dpg", tmp_path / "data")
+    accelerate_config = Path(__file__).parents[2] / "recipes/accelerate/cpu.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config), "-m", "iomm_hf"]
+    with LocalJudge(lambda request: "yes") as server:
+        options = ["--benchmark", "dpg", "--data", str(data), "--limit", "3", "--steps", "1", "--batch-size", "4"]
+        options += ["--judge", "local-judge-1", "--judge-url", server.address, "--yes", "--json"]
+        done = subprocess.run(
+            [sys.executable, *launcher, "evaluate", *options, "--output", str(tmp_path / "run")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.requests) == 3 * 4 * 2  # none twice
+    [result] = (tmp_path / "run").rglob("result.json")
+    assert read_result(result)["counts"]["answered"] == 24 and len(list(result.parent.glob("details-*"))) == 1

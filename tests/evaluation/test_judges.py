@@ -75,6 +75,21 @@ def test_what_is_no_answer_is_named(reply, status):
     assert answer.status == status
 
 
+def test_a_question_that_the_servers_filter_turns_down_is_refused_and_not_asked_again():
+    with LocalJudge(lambda request: "yes") as server:
+        server.fail_next("filtered")
+        [answer] = EndpointJudge("local-judge-1", server.address).ask(questions(1))
+    assert answer.status == "refused" and "the filter has this" in answer.text and len(server.requests) == 1
+
+
+def test_a_server_that_does_not_answer_in_time_is_a_failure():
+    over = threading.Event()
+    with LocalJudge(lambda request: "yes" if over.wait(timeout=60) else "") as server:
+        [answer] = EndpointJudge("local-judge-1", server.address, timeout=0.05, max_retries=1).ask(questions(1))
+        over.set()
+    assert answer.status == "failed" and answer.text.startswith("APITimeoutError") and len(server.requests) <= 2
+
+
 def test_a_broken_server_is_given_up():
     with LocalJudge(lambda request: "yes") as server:
         server.fail_next(*[500] * 500)
@@ -207,12 +222,13 @@ from iomm_hf.evaluation.geneval_models import resolve_model
 from iomm_hf.evaluation.judges import Question, TransformersJudge
 from iomm_hf.evaluation.wording import Message
 ask = [Message("user", "Is it red?", True)]
-[answer] = TransformersJudge("user/judge", max_tokens=2).ask([Question("a", ask, [Image.new("RGB", (32, 32), "red")])])
+judge = TransformersJudge("user/judge", max_tokens=2)
+[answer] = judge.ask([Question("a", ask, [Image.new("RGB", (32, 32), "red")])])
 folder, commit = resolve_model("user/judge", None)
-told = {"read": answer.usage["read"], "commit": commit, "files": sorted(file.name for file in folder.iterdir())}
+told = {"read": answer.usage["read"], "commit": commit, "about": judge.about, "files": sorted(file.name for file in folder.iterdir())}
 Path(sys.argv[1]).write_text(json.dumps(told))
 """
     client(hub.environment(tmp_path / "home"), code, str(tmp_path / "told.json"))
     told = json.loads((tmp_path / "told.json").read_text())
-    assert told["commit"] == commit and told["read"] > 16
+    assert told["commit"] == commit == told["about"]["revision"] and told["read"] > 16
     assert told["files"] == sorted({*files, "tokenizer.model"} - {".gitattributes"})

@@ -61,7 +61,7 @@ def test_geneval_stands_beside_the_papers_rows_marked_as_such(geneval, tmp_path)
     assert cells(report, "overall")[0].startswith("0.167 [") and cells(report, "colors")[0].startswith("1.000 [")
     assert cells(report, "overall")[1] == "0.890" and cells(report, "position")[3] == "0.850"
     assert cells(report, "counting")[6:] == ["", ""]  # the paper gives no more than an overall score there
-    assert "8 of 8 files, the benchmark's own prompts, looked at by d." in report
+    assert "8 of 8 files, the benchmark's own prompts, looked at by d; averaged weights." in report
     names = {"report.md", "geneval-bars.png", "geneval-radar.png", "geneval-failures-0.png"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == names
     assert all((tmp_path / "report" / name).stat().st_size > 2_000 for name in names if name.endswith("png"))
@@ -143,11 +143,12 @@ def test_parts_rewriting_and_unanswered_questions_are_told(tmp_path, monkeypatch
     content = result(
         "wise-verified", {"overall": {"value": 0.5}, "categories": {"culture": {"value": 0.25}}}, judge="j"
     )
+    content["generation"]["model"]["ema"] = None
     content["benchmark"] |= {"subset": 2, "rewriting": {"file": "better.jsonl"}}
     content["counts"] |= {"unreadable": 2, "refused": 1}
     content["generation"]["software"], content["scorer"]["software"] = [{"commit": "a"}, {"commit": "b"}], [{}]
     report = write_report([save(tmp_path / "a", content)], tmp_path / "report")
-    assert "(only 2 items)" in report and "rewritten prompts, looked at by j" in report
+    assert "(only 2 items)" in report and "rewritten prompts, looked at by j; nothing says whether" in report
     assert "3 questions without a readable answer counted as the lowest score (2 unreadable, 1 refused)" in report
     assert "; drawn by 2 different sets of packages, commit and device." in report
     assert "(paper) |" not in report.splitlines()[2]  # the paper has no row of the verified version

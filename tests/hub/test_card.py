@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
+from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.results import values_of
 from iomm_hf.hub.card import COMPONENTS, Reference, Sample, describe_sources, write_card
 from iomm_hf.modeling_iomm import hash_weight_files
 
@@ -85,6 +87,24 @@ def test_results_are_the_cards_metadata_and_tables(folder, pipeline, tmp_path):
     assert (
         "3 questions without a readable answer counted as the lowest score (3 refused), 5 pictures were taken" in told
     )
+
+
+def test_a_result_as_evaluate_writes_it_goes_into_the_card_when_it_is_whole(folder, pipeline, tmp_path):
+    sampling = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    config = EvaluationConfig("shapes", tmp_path / "run", limit=6, arguments=sampling, device="cpu", ema=False)
+    written, _ = evaluate(config)
+    with pytest.raises(OSError, match="tells of 6 items of shapes only; a card takes whole benchmarks"):
+        card(folder, pipeline, tmp_path, written)
+    written["benchmark"]["subset"] = None  # as if these were all
+    loaded = card(folder, pipeline, tmp_path, written)
+    measured = {result.dataset_config: result.metric_value for result in loaded.data.eval_results}
+    expected = {name: round(value, 4) for name, value in values_of("shapes", written["scores"]).items()}
+    assert measured == expected and set(TASKS) < set(measured)
+    assert (
+        "6 of 6 files, num inference steps 1, guidance scale 1.0, 64x64 px, seed 0, prompts as published"
+        in loaded.text
+    )
+    assert "weights not averaged." in loaded.text
 
 
 def test_no_scores_say_so_and_two_belong_to_no_one_leaderboard(folder, pipeline, tmp_path):

@@ -61,7 +61,8 @@ class Benchmark:
     A benchmark's files and where they come from.
 
     Args:
-        name, version (`str`): Such as "geneval", and the commit of its authors' repository or "iomm-hf".
+        name, version (`str`): Such as "geneval", and the commit of its authors' repository; "1" of GenEval, whose prompts come with the
+            package, and "iomm-hf" of the shapes.
         source (`str`): Where the prompts were taken from.
         sha256 (`str`): Of the prompts, as item and text.
         metadata (`dict[str, dict]`): What the scorer needs to know of each item.

@@ -136,7 +136,9 @@ def draw_radar(parts: Sequence[str], rows: Mapping[str, Sequence[float]], path: 
     axis.set(xticks=angles, ylim=(0, highest))
     axis.set_xticklabels(parts, fontsize=8)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.1, 1))
-    save(figure, path)
+    # A round axis keeps its shape: the constrained layout would cut the names at its sides and the legend.
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:

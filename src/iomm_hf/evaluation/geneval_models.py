@@ -160,9 +160,7 @@ class GenEvalModels:
     @torch.no_grad()
     def name_color(self, picture: Image.Image, item: Detection, mask: np.ndarray) -> str:
         """CLIP's colour of an object, cut out of the picture and put on grey, out of GenEval's ten."""
-        blank = Image.new("RGB", picture.size, ImageColor.getrgb(BACKGROUND))
-        crop = Image.composite(picture, blank, Image.fromarray(mask.astype(np.uint8) * 255)).crop(item.box)
-        inputs = self.clip_processor(crop, return_tensors="pt").to(self.device)
+        inputs = self.clip_processor(cut_out(picture, item.box, mask), return_tensors="pt").to(self.device)
         features = F.normalize(self.clip.get_image_features(**inputs).pooler_output, dim=-1)  # (1, D)
         return COLORS[int((features @ self.color_classifier(item.label).T).argmax())]
 
@@ -177,6 +175,27 @@ class GenEvalModels:
                 rows.append(F.normalize(features.mean(dim=0), dim=-1))
             self._classifiers[name] = torch.stack(rows)
         return self._classifiers[name]
+
+
+def cut_out(picture: Image.Image, box: tuple[float, float, float, float], mask: np.ndarray) -> Image.Image:
+    """
+    An object on grey, as large as its box.
+
+    Args:
+        picture (`PIL.Image.Image`): What it was found in.
+        box (`tuple[float, float, float, float]`): Left, top, right and bottom in pixels, the last two exclusive.
+        mask (`numpy.ndarray` of shape `(height, width)`, `bool`): Which pixels of the picture are its own.
+
+    Example:
+
+    ```python
+    >>> mask = np.eye(4, dtype=bool)
+    >>> cut_out(Image.new("RGB", (4, 4), "red"), (0, 0, 2, 1), mask).getcolors()
+    [(1, (153, 153, 153)), (1, (255, 0, 0))]
+    ```
+    """
+    blank = Image.new("RGB", picture.size, ImageColor.getrgb(BACKGROUND))
+    return Image.composite(picture, blank, Image.fromarray(mask.astype(np.uint8) * 255)).crop(box)
 
 
 def read_detections(

@@ -4,6 +4,7 @@ One small description a benchmark ([`Judged`]), and one loop for all of them ([`
 answered questions are kept, the others are asked again.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -179,8 +180,11 @@ def _imgedit(benchmark: Benchmark, pictures: Mapping[str, Path], file: Path) -> 
         text = wordings[row["edit_type"]].replace(imgedit.PLACE_OF_PROMPT, row["prompt"])
         return Question(key, [Message("user", text, True)], [data.picture(row["id"]), pictures[key]])
 
+    [items] = data.prompt_files
+    # Of the whole benchmark, also where a part of it is judged: what leaves a type out has no overall score.
+    types = {item: row["edit_type"] for item, row in json.loads(data.path(items).read_text(encoding="utf-8")).items()}
+
     def summarize(answers: Mapping[str, list[int]]) -> dict[str, Any]:
-        types = {item: row["edit_type"] for item, row in benchmark.metadata.items()}
         return imgedit.summarize({key.removesuffix(".png"): value for key, value in answers.items()}, types)
 
     for row in benchmark.metadata.values():

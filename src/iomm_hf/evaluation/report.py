@@ -19,7 +19,7 @@ from .dpg import cut_grid
 from .generation import PICTURES, read_note
 from .geneval_models import load_picture
 from .paper import PAPER
-from .results import LOCAL, PARTS, Details, picture_of, read_result, reservations, values_of
+from .results import AVERAGED, LOCAL, PARTS, Details, picture_of, read_result, reservations, values_of
 
 
 REPORT = "report.md"
@@ -187,6 +187,7 @@ def remarks(results: Mapping[str, Mapping[str, Any]]) -> str:
             prompts = "prompts unknown"
         text = f"- {name}: {counts['found']:,} of {counts['expected']:,} files, {prompts}, looked at by {who}"
         text += f" at {commit}" if commit else ""
+        text += f"; {AVERAGED[result['generation']['model']['ema']]}" if result["generation"] is not None else ""
         text += "".join(f"; {remark}" for remark in reservations(result))
         lines.append(text + ".")
     differing = differences(list(results.values()))

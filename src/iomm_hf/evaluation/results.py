@@ -33,6 +33,12 @@ PARTS = {
     "wise-verified": "categories",
     "imgedit": "types",
 }
+# What is said of the weights that drew, by the `ema` of their model
+AVERAGED = {
+    True: "averaged weights",
+    False: "weights not averaged",
+    None: "nothing says whether the weights are averaged (`--ema` and `--no-ema` do)",
+}
 PACKAGES = ("iomm-hf", "torch", "transformers", "diffusers", "accelerate", "openai", "numpy", "pillow", "scipy")
 
 

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .. import __version__
-from ..evaluation.results import SCHEMA, reservations, values_of
+from ..evaluation.results import AVERAGED, SCHEMA, reservations, values_of
 from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
 
@@ -365,7 +365,7 @@ def read_result(file: Path, result: dict[str, Any], folder: Path) -> tuple[list[
         f"{dataset_name}: {counts['found']:,} of {counts['expected']:,} files, {arguments}, {', '.join(result['picture_sizes'])} px, seed"
         f" {generation['seed']}, prompts {'as published' if rewriting is None else 'rewritten by ' + rewriting['file']}, looked at by `{who}`"
         + (f" at `{commit}`" if commit else "")
-        + {True: ", averaged weights", False: ", weights not averaged", None: ""}[generation["model"]["ema"]]
+        + f", {AVERAGED[generation['model']['ema']]}"
         + "".join(f", {remark}" for remark in reservations(result))
         + f". Benchmark version `{benchmark['version']}`, prompts sha256 `{benchmark['prompts_sha256'][:16]}`, iomm-hf"
         f" {result['software']['versions']['iomm-hf']}."

@@ -1,7 +1,7 @@
 """A judge on 127.0.0.1 that speaks the OpenAI protocol's chat completions, and fails in every way that a real one does.
 
 Tests use the real client against it. `respond` answers; `fail_next` makes the next requests fail first: a status, a body that is no
-JSON, JSON that is no completion, or a connection cut half-way.
+JSON, JSON that is no completion, a question that a filter turns down, or a connection cut half-way.
 """
 
 import json
@@ -61,7 +61,8 @@ class LocalJudge(LocalServer):
         Lets the next requests fail, one each.
 
         Args:
-            kinds (`int | str`): A status such as 429 or 500, "garbage" (no JSON), "other" (JSON that is no completion) or "cut".
+            kinds (`int | str`): A status such as 429 or 500, "garbage" (no JSON), "other" (JSON that is no completion), "filtered"
+                (a status of 400, as some servers refuse a question) or "cut".
         """
         with self._lock:
             self._failures += kinds
@@ -105,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(200, b"<html>Bad gateway</html>")
         if failure == "other":
             return self.send(200, {"object": "chat.completion", "choices": []})
+        if failure == "filtered":
+            return self.send(400, {"error": {"message": "the filter has this", "code": "content_filter"}})
         if failure is not None:
             return self.send(int(failure), {"error": {"message": f"status {failure}", "code": str(failure)}})
         reply = self.judge.respond(body)
