@@ -41,7 +41,7 @@ from typer.testing import CliRunner
 from iomm_hf.cli import app
 from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.geneval_models import CLIP, DETECTOR
-from iomm_hf.testing.authors_files import write_wise
+from iomm_hf.testing.authors_files import write_authors_files
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
 
@@ -340,7 +340,7 @@ def environment(tmp_path, hub) -> dict[str, str]:
     for name, folder in zip((DETECTOR, CLIP), save_tiny_detectors(tmp_path / "detectors"), strict=True):
         hub.commit_files(name, {file.name: file.read_bytes() for file in folder.iterdir()})
     assets = tmp_path / "home/assets"
-    write_wise(cached_assets_path("iomm-hf", "wise", REPOSITORIES["wise"].commit, assets_dir=assets), "wise")
+    write_authors_files("wise", cached_assets_path("iomm-hf", "wise", REPOSITORIES["wise"].commit, assets_dir=assets))
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment = hub.environment(tmp_path / "home") | settings
     return environment | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])}

@@ -1,10 +1,6 @@
 """What tests of benchmarks and judges share."""
 
-import json
-from pathlib import Path
-
 import pytest
-from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -14,24 +10,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from iomm_hf.evaluation.authors_files import REPOSITORIES
-from iomm_hf.evaluation.benchmarks import PROMPTS, read_lines
 from iomm_hf.tiny import seeded, train_tokenizer
 
 
-WORDING = """
-def build(prompt_data, image):
-    return [
-        {"role": "system", "content": [{"type": "text", "text": "You judge {strictly}."}]},
-        {"role": "user", "content": [
-            {"type": "text", "text": f'''Of "{prompt_data["Prompt"]}" ({prompt_data['Explanation']}).'''},
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-        ]},
-    ]
-"""
-QUESTIONS = (
-    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
-)
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -64,39 +45,3 @@ def vlm(tmp_path_factory):
         chat_template=CHAT,
     ).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def write_files():
-    """Writes a benchmark's files into a folder in their authors' form, with items of our own."""
-
-    def write(name: str, folder: Path) -> Path:
-        origin = REPOSITORIES[name]
-        for file in (*origin.prompts, origin.wording):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        if name == "dpg":
-            items = [row["item_id"] for row in read_lines(PROMPTS / "dpg.jsonl")]
-            rows = [f"{item},x,,1,0,e,w,t,Is it red?\n{item},x,,2,1,e,w,t,Is it there?" for item in items]
-            (folder / origin.wording).write_text("\n".join([QUESTIONS, *rows]))
-        elif name == "imgedit":
-            (folder / "pictures/animal").mkdir(parents=True)
-            Image.new("RGB", (64, 64), "green").save(folder / "pictures/animal/1.jpg")
-            items = {
-                str(i): {"id": "animal/1.jpg", "prompt": f"edit {i}", "edit_type": "add" if i % 2 else "style"}
-                for i in range(1, 738)
-            }
-            (folder / origin.prompts[0]).write_text(json.dumps(items))
-            wording = {"add": "Add <edit_prompt>!", "style": "Style <edit_prompt>!"}
-            (folder / origin.wording).write_text(json.dumps(wording))
-        else:  # both forms of WISE
-            per_file = (range(1, 401), range(401, 701), range(701, 1001))
-            for file, ids in zip(origin.prompts, per_file, strict=True):
-                rows = [
-                    {"prompt_id": i, "Prompt": f"thing {i}", "Explanation": f"it is {i}", "Subcategory": "x"}
-                    for i in ids
-                ]
-                (folder / file).write_text(json.dumps(rows))
-            (folder / origin.wording).write_text(WORDING)
-        return folder
-
-    return write

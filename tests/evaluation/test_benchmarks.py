@@ -6,12 +6,13 @@ import pytest
 
 from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import NAMES, PROMPTS, load_benchmark
+from iomm_hf.testing.authors_files import write_authors_files
 
 
 @pytest.fixture(scope="module")
-def data(write_files, tmp_path_factory):
+def data(tmp_path_factory):
     """The authors' files of each benchmark that does not come with the package."""
-    return {name: write_files(name, tmp_path_factory.mktemp(name)) for name in REPOSITORIES}
+    return {name: write_authors_files(name, tmp_path_factory.mktemp(name)) for name in REPOSITORIES}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,8 @@ def test_no_prompts_are_shipped_that_have_no_licence_for_it():
         ("imgedit", lambda rows: rows | {"1": {"id": "a.jpg"}}, "item 1 has no prompt, edit_type"),
     ],
 )
-def test_a_part_of_the_authors_items_is_no_benchmark(write_files, tmp_path, name, change, message):
-    folder = write_files(name, tmp_path)
+def test_a_part_of_the_authors_items_is_no_benchmark(tmp_path, name, change, message):
+    folder = write_authors_files(name, tmp_path)
     file = folder / REPOSITORIES[name].prompts[0]
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from iomm_hf.evaluation.results import Details, Incomplete, read_result, values_
 from iomm_hf.evaluation.shapes import benchmark_plan, render_truth
 from iomm_hf.integrity import sha256
 from iomm_hf.pipeline_iomm import IOMMPipeline
-from iomm_hf.testing.authors_files import write_wise
+from iomm_hf.testing.authors_files import write_authors_files
 from iomm_hf.testing.judge_server import LocalJudge
 from iomm_hf.testing.tiny_detectors import save_tiny_detectors
 
@@ -120,8 +120,8 @@ def test_shapes_are_drawn_and_scored_as_by_the_recipe(tmp_path):
         ("wise-verified", "<think>Score: 0?</think>Score: 1", 1.0),
     ],
 )
-def test_wise_is_judged_in_its_authors_words(write_files, tmp_path, name, reply, overall):
-    write_files(name, tmp_path / "data")
+def test_wise_is_judged_in_its_authors_words(tmp_path, name, reply, overall):
+    write_authors_files(name, tmp_path / "data")
     pictures = tmp_path / "given"  # from elsewhere: no generation.json
     pictures.mkdir()
     benchmark = load_benchmark(name, data=tmp_path / "data", limit=25)
@@ -153,10 +153,8 @@ def test_wise_is_judged_in_its_authors_words(write_files, tmp_path, name, reply,
         ("imgedit", 2, {"overall": None, "add": 1.0}),  # no style among these
     ],
 )
-def test_judged_benchmarks_are_drawn_and_judged_by_models_that_run_here(
-    write_files, vlm, tmp_path, name, questions, values
-):
-    data = write_files(name, tmp_path / "data")
+def test_judged_benchmarks_are_drawn_and_judged_by_models_that_run_here(vlm, tmp_path, name, questions, values):
+    data = write_authors_files(name, tmp_path / "data")
     options = {"data": data, "limit": 2, "judge": str(vlm), "judge_options": {"max_tokens": 4}}
     result, _ = evaluate(config(name, tmp_path / "run", unreadable="lowest", **options))
     # A judge of random weights says nothing readable: that is told, and is the lowest score only because that was asked for.
@@ -167,10 +165,10 @@ def test_judged_benchmarks_are_drawn_and_judged_by_models_that_run_here(
     assert result["scorer"]["weights_sha256"] and len(result["generation"]["software"]) == 1
 
 
-def test_the_two_wises_do_not_score_each_others_pictures(write_files, tmp_path):
+def test_the_two_wises_do_not_score_each_others_pictures(tmp_path):
     """Neither beside the record of how they were drawn, nor moved away from it; each has pictures and answers of its own."""
     for name in ("wise", "wise-verified"):
-        write_files(name, tmp_path / name)
+        write_authors_files(name, tmp_path / name)
     evaluate(config("wise", tmp_path / "run", data=tmp_path / "wise", limit=1, step="generate"))
     shutil.copytree(tmp_path / "run/pictures", tmp_path / "moved")
     with LocalJudge(lambda request: "Score: 1") as server:
@@ -184,8 +182,8 @@ def test_the_two_wises_do_not_score_each_others_pictures(write_files, tmp_path):
     assert server.requests == []
 
 
-def test_ranks_share_out_what_a_judge_that_runs_here_is_asked(write_files, vlm, tmp_path):
-    data, given = write_files("dpg", tmp_path / "data"), tmp_path / "given"
+def test_ranks_share_out_what_a_judge_that_runs_here_is_asked(vlm, tmp_path):
+    data, given = write_authors_files("dpg", tmp_path / "data"), tmp_path / "given"
     given.mkdir()
     benchmark = load_benchmark("dpg", data=data, limit=1)
     [drawing] = benchmark.drawings
@@ -199,8 +197,8 @@ def test_ranks_share_out_what_a_judge_that_runs_here_is_asked(write_files, vlm, 
     assert sorted(key for share in shares for key in share) == sorted(task.keys)
 
 
-def test_what_is_not_answered_is_no_score_and_is_asked_again(write_files, tmp_path):
-    write_files("wise-verified", tmp_path / "data")
+def test_what_is_not_answered_is_no_score_and_is_asked_again(tmp_path):
+    write_authors_files("wise-verified", tmp_path / "data")
     benchmark = load_benchmark("wise-verified", data=tmp_path / "data", limit=8)
     (tmp_path / "given").mkdir()
     for drawing in benchmark.drawings:
@@ -284,8 +282,8 @@ def test_what_was_seen_in_one_picture_is_not_said_of_another_of_its_name(tmp_pat
     assert len(file.with_name("details-0.jsonl").read_text().splitlines()) == 12  # each was looked at once
 
 
-def test_an_answer_is_of_one_wording_of_questions_and_prompts(write_files, tmp_path):
-    write_files("wise-verified", tmp_path / "data")
+def test_an_answer_is_of_one_wording_of_questions_and_prompts(tmp_path):
+    write_authors_files("wise-verified", tmp_path / "data")
     (tmp_path / "given").mkdir()
     for drawing in load_benchmark("wise-verified", data=tmp_path / "data", limit=2).drawings:
         Image.new("RGB", (16, 16), "red").save(tmp_path / "given" / drawing.path)
@@ -311,8 +309,8 @@ def test_an_answer_is_of_one_wording_of_questions_and_prompts(write_files, tmp_p
     assert result["scores"]["categories"]["culture"]["value"] == 1.0 and len(server.requests) == 2
 
 
-def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(write_files, tmp_path):
-    write_files("wise", tmp_path / "data")
+def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(tmp_path):
+    write_authors_files("wise", tmp_path / "data")
     with LocalJudge(lambda request: "") as server:
         options = {"data": tmp_path / "data", "limit": 8, **judge_of(server)}
         with pytest.raises(ValueError, match="8 requests would be sent, more than the 7"):
@@ -327,8 +325,8 @@ def test_limits_and_a_no_stop_before_anything_is_asked_or_drawn(write_files, tmp
         config("wise", tmp_path / "run")
 
 
-def test_dpg_asks_about_each_quarter_and_minds_dependence(write_files, tmp_path):
-    write_files("dpg", tmp_path / "data")
+def test_dpg_asks_about_each_quarter_and_minds_dependence(tmp_path):
+    write_authors_files("dpg", tmp_path / "data")
     (tmp_path / "given").mkdir()
     sheet = Image.new("RGB", (32, 32), "red")
     sheet.paste("blue", (16, 16, 32, 32))  # the last quarter is not red
@@ -365,8 +363,8 @@ def test_dpg_asks_about_each_quarter_and_minds_dependence(write_files, tmp_path)
     assert caption(failed[0], tmp_path / "given") == "Is it red? | answered: No."
 
 
-def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(write_files, tmp_path):
-    data = write_files("imgedit", tmp_path / "data")
+def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(tmp_path):
+    data = write_authors_files("imgedit", tmp_path / "data")
     with LocalJudge(lambda request: "Compliance: 5\nSeamlessness: 4\nFidelity: 3") as server:
         result, file = evaluate(config("imgedit", tmp_path / "run", data=data, limit=2, **judge_of(server)))
     assert result["scores"]["mean_of_items"] == 4.0 and result["counts"]["found"] == 2
@@ -396,8 +394,8 @@ def test_imgedit_draws_from_its_sources_and_shows_the_judge_both(write_files, tm
         evaluate(config("imgedit", tmp_path / "evil", data=data, limit=1, **judge_of(server)))
 
 
-def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(write_files, tmp_path):
-    data = write_files("imgedit", tmp_path / "data")
+def test_a_changed_source_picture_spoils_what_was_drawn_and_answered(tmp_path):
+    data = write_authors_files("imgedit", tmp_path / "data")
     scores = iter((5, 5, 1, 1))
     with LocalJudge(
         lambda request: "Compliance: {0}\nSeamlessness: {0}\nFidelity: {0}".format(next(scores))
@@ -546,8 +544,8 @@ def test_ranks_of_a_launcher_draw_and_score_what_one_process_does(detectors, tmp
 
 
 @pytest.mark.slow
-def test_of_all_ranks_only_the_first_asks_a_served_judge(write_files, tmp_path):
-    data = write_files("dpg", tmp_path / "data")
+def test_of_all_ranks_only_the_first_asks_a_served_judge(tmp_path):
+    data = write_authors_files("dpg", tmp_path / "data")
     accelerate_config = Path(__file__).parents[2] / "recipes/accelerate/cpu.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config), "-m", "iomm_hf"]
     with LocalJudge(lambda request: "yes") as server:
