@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from iomm_hf import IOMMPipeline, shipped_model
+from iomm_hf import IOMMPipeline, __version__, shipped_model
 from iomm_hf.cli import app
 from iomm_hf.evaluation.benchmarks import PROMPTS
 from iomm_hf.hub.card import COMPONENTS
@@ -41,6 +41,11 @@ def test_bad_usage_ends_with_two_and_one_line():
     assert unknown.exit_code == 2 and unknown.stderr.count("\n") == 1
     assert "'huge'; choose one of tiny, base" in unknown.stderr
     assert run("--gpus", "many").exit_code == 2
+
+
+def test_the_version_is_the_packages():
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.stdout.strip() == __version__
 
 
 def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path):

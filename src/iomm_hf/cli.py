@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,8 +26,18 @@ if TYPE_CHECKING:
 app = typer.Typer(help="IOMM for Hugging Face.", no_args_is_help=True, add_completion=False)
 
 
+def print_version(wanted: bool):
+    if wanted:
+        typer.echo(metadata.version("iomm-hf"))
+        raise typer.Exit()
+
+
 @app.callback()
-def main():
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+):
     """IOMM: train the drawing half of a unified multimodal model on unlabelled images."""
 
 
