@@ -33,11 +33,12 @@ from scipy.stats import t as student
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
+from iomm_hf.data.shapes import TASKS
 from iomm_hf.data.shapes_writer import write_shards
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
-from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, score_pictures
+from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, report_verdicts, score_image
 from iomm_hf.files import write_json
 from iomm_hf.presets import get_preset
 from iomm_hf.shipped import shipped_model
@@ -335,7 +336,12 @@ def score(config: CompareConfig, runs: list[Path], path: Path):
     sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     drawing = sampling | {"batch_size": 200 if on_gpu else 16}
     drawn = draw_plan(pipeline, plan, **drawing)
-    report = score_pictures(drawn, [item.metadata for item in plan], seeds=[item.seed for item in plan])
+    wanted = [item.metadata for item in plan]
+    verdicts = [score_image(picture, metadata) for picture, metadata in zip(drawn, wanted, strict=True)]
+    report = report_verdicts([verdict.correct for verdict in verdicts], wanted, seeds=[item.seed for item in plan])
+    found: dict[str, list[int]] = {task: [] for task in TASKS}
+    for verdict, metadata in zip(verdicts, wanted, strict=True):
+        found[metadata["tag"]].append(len(verdict.found))
     samples = draw_plan(pipeline, [BenchmarkPicture({"prompt": prompt}, 0) for prompt in PROMPTS], **sampling)
     strip = Image.new("RGB", (sum(sample.width for sample in samples), samples[0].height))
     for column, sample in enumerate(samples):
@@ -352,6 +358,7 @@ def score(config: CompareConfig, runs: list[Path], path: Path):
     write_json(
         path,
         report.to_dict()
+        | {"objects": {task: statistics.fmean(numbers) for task, numbers in found.items()}}
         | {"edits": edits.to_dict(), "captions_as_before_training": captions, **sampling}
         | {"trainings": [record_of(run.parent) for run in runs], "device": pipeline.device.type}
         | {"processes": config.num_processes, "hours": round((time.monotonic() - began) / 3600, 3), **software()},
@@ -398,6 +405,19 @@ def score_table(
         paper = papers.get(arm.label)
         cells = ["" if paper is None else f"{paper:.2f}", f"{value:.3f}{spread}", seeds]
         lines.append(f"| {' | '.join([arm.label, *cells, *(f'{share:.2f}' for share in by_kind)])} |")
+    return [*lines, ""]
+
+
+def object_table(plan: list[BenchmarkPicture], objects: dict[str, list[dict[str, float]]]) -> list[str]:
+    """How many objects are asked for in a picture, and by arm how many are found: GenEval's rules let others stand beside them."""
+    asked: dict[str, list[int]] = {task: [] for task in TASKS}
+    for item in plan:
+        asked[item.metadata["tag"]].append(sum(part["count"] for part in item.metadata["include"]))
+    rows = {"asked for": [{task: statistics.fmean(numbers) for task, numbers in asked.items()}], **objects}
+    lines = [f"| {' | '.join(['objects a picture', *TASKS])} |", "|---" * (1 + len(TASKS)) + "|"]
+    for label, seeds in rows.items():
+        means = [f"{statistics.fmean(of[task] for of in seeds):.2f}" for task in TASKS]
+        lines.append(f"| {' | '.join([label, *means])} |")
     return [*lines, ""]
 
 
@@ -452,6 +472,7 @@ def write_report(config: CompareConfig, name: str):
     folder.mkdir(parents=True, exist_ok=True)
     scores = {label: {seed: report["overall"] for seed, report in of.items()} for label, of in reports.items()}
     tasks = {label: [report["tasks"] for report in of.values()] for label, of in reports.items()}
+    objects = {label: [report["objects"] for report in of.values()] for label, of in reports.items()}
     edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
     kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
     everything = [report for of in reports.values() for report in of.values()]
@@ -463,6 +484,7 @@ def write_report(config: CompareConfig, name: str):
         "",
         *score_table(arms, scores, tasks, {} if study.edits else papers),
         *difference_table(study, scores, {} if study.edits else papers),
+        *object_table(benchmark_plan(pictures_per_task=config.pictures_per_task), objects),
         "Edits that no training showed, change made and rest kept:",
         "",
         *score_table(arms, edits, kinds, papers if study.edits else {}),
