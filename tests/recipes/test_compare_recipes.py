@@ -90,6 +90,7 @@ def write_scores(module, config, study: str, values: dict[str, list[float]]):
             report = {
                 "overall": {"value": value, "low": value - 0.02, "high": value + 0.02},
                 "tasks": {task: {"accuracy": value} for task in TASKS},
+                "objects": {task: 10 * value for task in TASKS},
                 "edits": {
                     "overall": {"value": 0.0, "low": 0.0, "high": 0.02},
                     "correct": {kind: {"accuracy": 0.0} for kind in KINDS},
@@ -113,6 +114,7 @@ def test_differences_are_told_apart_by_seeds_alone(module, config, tmp_path):
     module.write_report(replace(config, seeds=None), "six_recipes")
     table = (tmp_path / "results/six_recipes/table.md").read_text()
     assert "| image > mix against image > pair | +0.02 | +0.197 [+0.182, +0.211] | 3 | above 0 |" in table
+    assert "| asked for | 1.00 | 2.00 | " in table and "| image > mix | 6.10 | 6.10 | " in table
     line = next(line for line in table.splitlines() if line.startswith("| image > mix against pair > mix"))
     assert line.endswith("not told apart |")
 
