@@ -17,7 +17,7 @@ endef
 
 help:
 	@echo "make quickstart  set up, train both stages of a tiny IOMM (about seven minutes), draw pictures"
-	@echo "make test        set up and run the tests (under ten minutes on two cores)"
+	@echo "make test        set up and run the tests (nine minutes on two cores; sixteen on slow ones)"
 	@echo "make test-docs   run what the guides tell to run, from one to the next"
 	@echo "make test-slow   the longer checks as well"
 	@echo "make reproduce-quick  one seed of the six recipes (one to one and a half hours on two cores)"

@@ -41,8 +41,10 @@ def test_the_demo_starts_with_the_checkpoint_that_the_variable_names(command, tm
             except httpx.TransportError:
                 time.sleep(0.1)
         assert page.status_code == 200 and f"<code>{tmp_path / 'mine'}</code>" in page.text
-        while "--json" in command and not (tmp_path / "out").read_text() and demo.poll() is None:
-            time.sleep(0.1)  # it listens before it says so
+        for _ in range(600):  # it listens before it says so
+            if "--json" not in command or (tmp_path / "out").read_text():
+                break
+            time.sleep(0.1)
     finally:
         demo.terminate()
         demo.wait(60)
