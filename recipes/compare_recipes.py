@@ -35,6 +35,9 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.shapes import TASKS
 from iomm_hf.data.shapes_writer import write_shards
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import build_stream
+from iomm_hf.evaluation.condition_use import condition_losses
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
 from iomm_hf.evaluation.figures import draw_sheet, save
@@ -76,6 +79,7 @@ class Study:
 
 
 PICTURES, PAIRS, BOTH = {"mix_ratio": 1.0}, {"mix_ratio": 0.0}, {"mix_ratio": 0.5}
+SCREENING = PICTURES | {"max_steps": 2400}  # of studies whose arms each need a pre-training of their own
 QUERIES = {"condition_tokens": "queries", "num_queries": 16}
 STUDIES = {
     "six_recipes": Study(
@@ -112,21 +116,21 @@ STUDIES = {
         [
             Arm(
                 "raw MLLM",
-                PICTURES | {"num_queries": 0, "mask_ratio": 0.0},
+                SCREENING | {"num_queries": 0, "mask_ratio": 0.0},
                 BOTH | {"mask_ratio": 0.0},
                 0.44,
             ),
-            Arm("+ adapter", PICTURES | {"mask_ratio": 0.0}, BOTH | {"mask_ratio": 0.0}, 0.82),
-            Arm("+ masking", PICTURES, BOTH, 0.88),
-            Arm("queries alone", PICTURES | {"condition_tokens": "queries"}, BOTH),
+            Arm("+ adapter", SCREENING | {"mask_ratio": 0.0}, BOTH | {"mask_ratio": 0.0}, 0.82),
+            Arm("+ masking", SCREENING, BOTH, 0.88),
+            Arm("queries alone", SCREENING | {"condition_tokens": "queries"}, BOTH),
         ],
         [("+ adapter", "raw MLLM"), ("+ masking", "+ adapter"), ("+ masking", "queries alone")],
     ),
     "adapter": Study(
         "The residual query adapter against plain learned queries (MetaQuery's), the generator reading sixteen of them alone",
         [
-            Arm("residual", PICTURES | QUERIES, BOTH),
-            Arm("plain", PICTURES | QUERIES | {"adapter_type": "plain"}, BOTH),
+            Arm("residual", SCREENING | QUERIES, BOTH),
+            Arm("plain", SCREENING | QUERIES | {"adapter_type": "plain"}, BOTH),
         ],
         [("residual", "plain")],
     ),
@@ -134,7 +138,7 @@ STUDIES = {
         "What fewer queries cost, the generator reading them alone (a step of `base` costs 0.79 of the plain one with 256 of them,"
         " 0.67 with 128, 0.61 with 64: benchmarks/README.md)",
         [
-            Arm(f"{number} queries", PICTURES | QUERIES | {"num_queries": number}, BOTH, x=number)
+            Arm(f"{number} queries", SCREENING | QUERIES | {"num_queries": number}, BOTH, x=number)
             for number in (16, 8, 4)
         ],
         [("8 queries", "16 queries"), ("4 queries", "16 queries")],
@@ -142,13 +146,13 @@ STUDIES = {
     ),
     "mask_mode": Study(
         "Masked image tokens left out, or set to zero",
-        [Arm("drop", PICTURES, BOTH), Arm("zero", PICTURES | {"mask_mode": "zero"}, BOTH)],
+        [Arm("drop", SCREENING, BOTH), Arm("zero", SCREENING | {"mask_mode": "zero"}, BOTH)],
         [("drop", "zero")],
     ),
     "mask_ratio": Study(
         "Share of image tokens hidden in pre-training (paper: best at 0.45 for XL, 0.77 at 0.95)",
         [
-            Arm(f"r = {ratio}", PICTURES | changes, BOTH, 0.77 if ratio == 0.95 else None, x=ratio)
+            Arm(f"r = {ratio}", SCREENING | changes, BOTH, 0.77 if ratio == 0.95 else None, x=ratio)
             for ratio in (0.0, 0.25, 0.5, 0.75, 0.95)
             for changes in [{} if ratio == get_preset("tiny").mask_ratio else {"mask_ratio": ratio}]
         ],
@@ -200,6 +204,7 @@ class CompareConfig:
         default=2, metadata={"help": "Pre-trainings of each kind; fine-tunings start from them in turn."}
     )
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks to score."})
+    held_out_pairs: int = field(default=512, metadata={"help": "New pairs whose loss is measured."})
     edits_per_kind: int = field(default=40, metadata={"help": "Cases of each of the three kinds of edits to score."})
     num_inference_steps: int = field(default=12, metadata={"help": "Sampling steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Strength of guidance."})
@@ -260,6 +265,18 @@ def prepare(config: CompareConfig, kind: str, number: int) -> str:
             settings = {"source": source, "preset": "tiny", "device": device, "output_dir": str(cached)}
             run("precompute_latents.py", settings)
     return str(cached)
+
+
+def held_out_losses(config: CompareConfig, pipeline: IOMMPipeline) -> dict[str, list[float]]:
+    """Loss of each new pair under its `own` caption and under `another`'s, with the same times and noise in every score."""
+    drawn = Path(config.output_dir, "data", f"held-out-pairs-{config.held_out_pairs}")
+    with FileLock(f"{drawn}.lock"):
+        write_shards(drawn, config.held_out_pairs, seed=12, layout="parquet")
+    stream = build_stream((), [SourceConfig(str(drawn), caption_column="prompt")])
+    losses = condition_losses(pipeline, stream, config.held_out_pairs, mask_ratio=0.0, draws=2)
+    return {
+        name: [round(loss, 5) for loss in of.tolist()] for name, of in zip(("own", "another"), losses, strict=True)
+    }
 
 
 def name_of(stage: str, changes: dict[str, Any], num_pairs: int) -> str:
@@ -359,6 +376,7 @@ def score(config: CompareConfig, runs: list[Path], path: Path):
         path,
         report.to_dict()
         | {"objects": {task: statistics.fmean(numbers) for task, numbers in found.items()}}
+        | {"held_out_pairs": held_out_losses(config, pipeline)}
         | {"edits": edits.to_dict(), "captions_as_before_training": captions, **sampling}
         | {"trainings": [record_of(run.parent) for run in runs], "device": pipeline.device.type}
         | {"processes": config.num_processes, "hours": round((time.monotonic() - began) / 3600, 3), **software()},
@@ -421,6 +439,30 @@ def object_table(plan: list[BenchmarkPicture], objects: dict[str, list[dict[str,
     return [*lines, ""]
 
 
+def mean_loss(seeds: list[list[float]]) -> str:
+    """Mean and 95 % interval: of the means of seeds, or of the pairs of a single one."""
+    value, low, high = interval(seeds[0] if len(seeds) == 1 else [statistics.fmean(losses) for losses in seeds])
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def loss_table(study: Study, losses: dict[str, dict[int, dict[str, list[float]]]]) -> list[str]:
+    """A row an arm: its loss on new pairs, what a wrong caption adds, and the difference to what it is compared with, pair by pair."""
+
+    def minus(one: list[float], other: list[float]) -> list[float]:
+        return [a - b for a, b in zip(one, other, strict=True)]
+
+    lines = ["| loss on new pairs | under their captions | more under another's | seeds |", "|---|---|---|---|"]
+    for label, seeds in losses.items():
+        own = statistics.fmean(statistics.fmean(of["own"]) for of in seeds.values())
+        more = mean_loss([minus(of["another"], of["own"]) for of in seeds.values()])
+        lines.append(f"| {label} | {own:.4f} | {more} | {len(seeds)} |")
+    for one, other in study.comparisons:
+        if seeds := sorted(losses.get(one, {}).keys() & losses.get(other, {}).keys()):
+            less = mean_loss([minus(losses[one][seed]["own"], losses[other][seed]["own"]) for seed in seeds])
+            lines.append(f"| {one} against {other} | {less} | | {len(seeds)} |")
+    return [*lines, ""]
+
+
 def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: dict[str, float | None]) -> list[str]:
     """A row a comparison that has seeds, and what its interval tells."""
     lines = ["| difference | paper | here, same seeds | seeds | |", "|---|---|---|---|---|"]
@@ -473,6 +515,7 @@ def write_report(config: CompareConfig, name: str):
     scores = {label: {seed: report["overall"] for seed, report in of.items()} for label, of in reports.items()}
     tasks = {label: [report["tasks"] for report in of.values()] for label, of in reports.items()}
     objects = {label: [report["objects"] for report in of.values()] for label, of in reports.items()}
+    losses = {label: {seed: report["held_out_pairs"] for seed, report in of.items()} for label, of in reports.items()}
     edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
     kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
     everything = [report for of in reports.values() for report in of.values()]
@@ -485,12 +528,14 @@ def write_report(config: CompareConfig, name: str):
         *score_table(arms, scores, tasks, {} if study.edits else papers),
         *difference_table(study, scores, {} if study.edits else papers),
         *object_table(benchmark_plan(pictures_per_task=config.pictures_per_task), objects),
+        *loss_table(study, losses),
         "Edits that no training showed, change made and rest kept:",
         "",
         *score_table(arms, edits, kinds, papers if study.edits else {}),
         *difference_table(study, edits, papers if study.edits else {}),
         f"Captions of pictures as before training: {sum(of['same'] for of in said)} of {sum(of['of'] for of in said)}."
-        f" {6 * config.pictures_per_task} pictures and {3 * config.edits_per_kind} edits a score,"
+        f" {6 * config.pictures_per_task} pictures, {config.held_out_pairs} new pairs and {3 * config.edits_per_kind}"
+        f" edits a score,"
         f" {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds that are equal modulo"
         f" {config.pretrain_seeds} share a pre-training. {sum(took.values()):.1f} hours by the clock, what arms share counted"
         f" once, on {' and '.join(sorted({report['device'] for report in everything}))}. Commits of the trainings:"

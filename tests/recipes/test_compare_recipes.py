@@ -34,6 +34,7 @@ def config(module, tmp_path):
         seeds=[0],
         pictures_per_task=1,
         edits_per_kind=1,
+        held_out_pairs=4,
         num_inference_steps=1,
         num_processes=1,
     )
@@ -55,6 +56,8 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
     score = json.loads(module.score_file(config, module.STUDIES["six_recipes"].arms[0], 0).read_text())
     record = settings | {"images": 7200, "skipped": {"not an image": 1}, "hours": 1.5, "commit": "0123456789"}
     assert score["trainings"] == [record, record]
+    losses = score["held_out_pairs"]
+    assert len(losses["own"]) == len(losses["another"]) == 4 and losses["own"] != losses["another"]
     assert score["captions_as_before_training"] == {"same": 0, "of": 3}  # the untrained model's MLLM is another
     module.main(config)
     pretrained, finetuned = (
@@ -73,7 +76,7 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
     assert "| image > mix | 0.89 | 0.000 | 0.000 [0.000, " in table
     assert table.count("not told apart, by the pictures of one training each") == 2 * len(comparisons)  # and edits
     # The run's own MLLM has not changed. Five fine-tunings and a pre-training of 1.5 hours; the other was run just now.
-    assert "Captions of pictures as before training: 3 of 18. 6 pictures and 3 edits a score" in table
+    assert "Captions of pictures as before training: 3 of 18. 6 pictures, 4 new pairs and 3 edits a score" in table
     assert " 9.0 hours by the clock" in table and "0123456" in table
     assert "python recipes/compare_recipes.py --studies six_recipes --pretrain " in table and "--seeds 0" in table
     assert all((report / name).stat().st_size > 5_000 for name in ("scores.png", "sheet.png"))
@@ -91,6 +94,7 @@ def write_scores(module, config, study: str, values: dict[str, list[float]]):
                 "overall": {"value": value, "low": value - 0.02, "high": value + 0.02},
                 "tasks": {task: {"accuracy": value} for task in TASKS},
                 "objects": {task: 10 * value for task in TASKS},
+                "held_out_pairs": {"own": [value, value + 0.1], "another": [value + 0.2, value + 0.4]},
                 "edits": {
                     "overall": {"value": 0.0, "low": 0.0, "high": 0.02},
                     "correct": {kind: {"accuracy": 0.0} for kind in KINDS},
@@ -115,6 +119,9 @@ def test_differences_are_told_apart_by_seeds_alone(module, config, tmp_path):
     table = (tmp_path / "results/six_recipes/table.md").read_text()
     assert "| image > mix against image > pair | +0.02 | +0.197 [+0.182, +0.211] | 3 | above 0 |" in table
     assert "| asked for | 1.00 | 2.00 | " in table and "| image > mix | 6.10 | 6.10 | " in table
+    # New pairs: of several seeds their means count.
+    assert "| image > pair | 0.4633 | +0.2500 [+0.2500, +0.2500] | 3 |" in table
+    assert "| image > mix against image > pair | +0.1967 [+0.1823, +0.2110] | | 3 |" in table
     line = next(line for line in table.splitlines() if line.startswith("| image > mix against pair > mix"))
     assert line.endswith("not told apart |")
 
@@ -128,6 +135,8 @@ def test_a_curve_a_series_over_the_number_of_pairs(module, config, tmp_path):
         "| pictures first, 4000 against pairs alone, 4000 |  | -0.400 [-0.428, -0.372] | 1 | below 0, by the pictures"
         in table
     )
+    # Of one seed the pairs count, one by one: they differ from arm to arm by the same 0.4 each.
+    assert "| pictures first, 4000 against pairs alone, 4000 | -0.4000 [-0.4000, -0.4000] | | 1 |" in table
     assert (tmp_path / "results/pairs/scores.png").stat().st_size > 5_000
 
 
@@ -176,12 +185,13 @@ def test_arms_that_train_alike_share_their_score(module, config):
     same = [
         ("six_recipes", "image > mix"),
         ("mix_ratio", "0.5"),
-        ("condition", "+ masking"),
         ("pairs", "pictures first, 1000"),
     ]
     assert len({file(*arm) for arm in same}) == 1
+    screening = [("condition", "+ masking"), ("mask_mode", "drop"), ("mask_ratio", "r = 0.5")]
+    assert len({file(*arm) for arm in screening}) == 1
     names = [file(name, arm.label) for name, study in module.STUDIES.items() for arm in study.arms]
-    assert len(names) == 37 and len(set(names)) == 28
+    assert len(names) == 37 and len(set(names)) == 29
 
 
 @pytest.mark.parametrize(

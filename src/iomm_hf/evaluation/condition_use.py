@@ -55,7 +55,7 @@ class ConditionUse:
 
 
 @torch.no_grad()
-def measure_condition_use(
+def condition_losses(
     pipeline: IOMMPipeline,
     samples: Iterable[dict[str, Any]],
     pictures: int,
@@ -63,9 +63,10 @@ def measure_condition_use(
     draws: int = 8,
     batch_size: int = 16,
     seed: int = 0,
-) -> ConditionUse:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Measures how much conditions help.
+    The loss of each picture under its own and under another's condition. Draws belong to the picture, so models are compared
+    on the same ones, picture by picture.
 
     Args:
         pipeline ([`IOMMPipeline`]): The model.
@@ -76,6 +77,9 @@ def measure_condition_use(
         draws (`int`, *optional*, defaults to 8): Draws of time, noise and mask for each picture.
         batch_size (`int`, *optional*, defaults to 16): Pictures a forward pass; conditions are exchanged within it.
         seed (`int`, *optional*, defaults to 0): What the draws derive from.
+
+    Returns:
+        Two `torch.DoubleTensor` of shape `(pictures,)`, each the mean over draws: own, another's.
 
     Raises:
         `ValueError`: fewer than two pictures, so there is no other.
@@ -97,12 +101,25 @@ def measure_condition_use(
             neighbour = torch.arange(len(batch["seed"]), device=device).roll(1)
             own[draw, part] = module.sample_losses(batch).cpu()
             other[draw, part] = module.sample_losses(batch, conditions_from=neighbour).cpu()
-    own, other = own.double().mean(0), other.double().mean(0)
+    return own.double().mean(0), other.double().mean(0)
+
+
+def measure_condition_use(
+    pipeline: IOMMPipeline,
+    samples: Iterable[dict[str, Any]],
+    pictures: int,
+    mask_ratio: float,
+    draws: int = 8,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> ConditionUse:
+    """Measures how much conditions help. Arguments and errors are those of [`condition_losses`]."""
+    own, other = condition_losses(pipeline, samples, pictures, mask_ratio, draws, batch_size, seed)
     difference = other - own
     benefit = difference.mean().item()
-    margin = 1.96 * difference.std().item() / sqrt(len(chosen))
+    margin = 1.96 * difference.std().item() / sqrt(len(own))
     return ConditionUse(
-        pictures=len(chosen),
+        pictures=len(own),
         draws=draws,
         seed=seed,
         own=own.mean().item(),
