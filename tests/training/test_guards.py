@@ -244,7 +244,7 @@ def test_one_process_cannot_divide_the_weights(settings):
     with pytest.raises(RuntimeError, match="among several processes, but there is one"):
         train(PretrainConfig(**settings | {"fully_shard": True}))
     with pytest.raises(ValueError, match="turn off either it or fully_shard"):
-        PretrainConfig(**settings | {"fully_shard": True, "compile": True})
+        PretrainConfig(**settings | {"fully_shard": True, "compile": "blocks"})
 
 
 def test_slow_checkpoints_are_warned_of_where_a_launcher_kills(monkeypatch, caplog):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils import set_seed
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -482,3 +483,74 @@ def test_attention_kernels_that_fail_or_are_slow_are_left_out(device, precision,
     with attention_kernel(torch.device(device), precision):
         assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) == (flash, cudnn)
         assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.fixture
+def flux_settings(settings, flux, tmp_path):
+    tiny_pipeline(flux).save_pretrained(tmp_path / "flux")
+    settings = {name: value for name, value in settings.items() if name not in ("mllm", "vae")}
+    return settings | {"init_from": str(tmp_path / "flux"), "max_steps": 2, "log_every": 1}
+
+
+def test_an_attention_backend_is_the_generators_for_training(flux_settings, tmp_path, monkeypatch):
+    losses = []
+    called = []
+    plain_math = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    monkeypatch.setitem(
+        _AttentionBackendRegistry._backends,
+        AttentionBackendName._NATIVE_MATH,
+        lambda *args, **kwargs: called.append(1) or plain_math(*args, **kwargs),
+    )
+    for name in (None, "_native_math"):
+        output_dir = str(tmp_path / str(name))
+        train(PretrainConfig(**flux_settings | {"output_dir": output_dir, "attention_backend": name}))
+        losses.append([row["loss"] for row in rows(output_dir)])
+        assert bool(called) == (name is not None)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE  # as before
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("sage_hub", "cannot train on this cpu: .*`kernels` package"),
+        ("fast", "cannot train on this cpu: .*not registered"),
+    ],
+)
+def test_an_attention_backend_that_cannot_run_is_refused(flux_settings, backend, message):
+    with pytest.raises(ValueError, match=message):
+        train(PretrainConfig(**flux_settings | {"attention_backend": backend}))
+
+
+def test_an_attention_backend_without_a_backward_pass_is_refused(flux_settings, monkeypatch):
+    def forward_only(query, key, value, **kwargs):
+        return value.detach().clone()
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, forward_only)
+    with pytest.raises(ValueError, match="'_native_math' cannot train on this cpu: .*does not require grad"):
+        train(PretrainConfig(**flux_settings | {"attention_backend": "_native_math"}))
+
+
+def test_an_attention_backend_that_a_unet_would_not_use_is_refused(settings):
+    with pytest.raises(ValueError, match="is for a Flux or Z-Image"):
+        train(PretrainConfig(**settings | {"attention_backend": "native"}))
+
+
+def test_a_run_compiled_in_blocks_draws_without_them(flux_settings, tmp_path):
+    """Pictures of another size would have the blocks compiled anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    validation = {"validation_prompts": ["a star"], "validate_every": 1, "validation_steps": 1}
+    plain, compiled = str(tmp_path / "plain"), str(tmp_path / "compiled")
+    train(PretrainConfig(**flux_settings | validation | {"output_dir": plain}))
+    train(PretrainConfig(**flux_settings | validation | {"output_dir": compiled, "compile": "blocks"}))
+    # A graph a kind of block; a second one may follow from the second step's gradients alone.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    losses = [[row["loss"] for row in rows(run)] for run in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(list(Path(compiled, "samples").glob("*.png"))) == 2
+    names = [
+        load_file(Path(run, "final/transformer/diffusion_pytorch_model.safetensors")).keys()
+        for run in (plain, compiled)
+    ]
+    assert names[0] == names[1]

@@ -127,8 +127,15 @@ class TrainingConfig:
     warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
     ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
     mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
-    compile: bool = setting(
-        False, "Compile the generator with torch.compile (our choice); it needs a C++ compiler on CPUs."
+    compile: Literal["none", "blocks", "whole"] = setting(
+        "none",
+        "Compile the generator for training with torch.compile: whole, or the kinds of blocks that it repeats, which leaves less"
+        " to fuse and is ready far sooner (our choice). It needs a C++ compiler on CPUs.",
+    )
+    attention_backend: str | None = setting(
+        None,
+        "diffusers' attention backend for a Flux's or Z-Image's training, such as flash, _flash_3 or flex (our choice). Default:"
+        " PyTorch's own choice, on CUDA without cuDNN's.",
     )
     fully_shard: bool = setting(
         False,
@@ -208,7 +215,9 @@ class TrainingConfig:
             parse_aspect_ratio(ratio)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
-        if self.fully_shard and self.compile:
+        if self.compile not in ("none", "blocks", "whole"):
+            raise ValueError(f"compile must be 'none', 'blocks' or 'whole', got {self.compile!r}.")
+        if self.fully_shard and self.compile != "none":
             raise ValueError("compile has not been tried on sharded weights: turn off either it or fully_shard.")
 
     @property

@@ -12,7 +12,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -177,6 +180,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     )
 
     # 3. What trains
+    if config.attention_backend is not None:
+        check_attention_backend(pipeline, accelerator.device, config.mixed_precision, config.attention_backend)
     assert config.preset is not None  # filled in by the settings
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
     sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
@@ -297,12 +302,12 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
 
             paused = time.monotonic()
             if config.validate_every and config.validation_prompts and step % config.validate_every == 0:
-                with ema_weights(ema, module), gathered(module):
+                with ema_weights(ema, module), gathered(module), torch.compiler.set_stance("force_eager"):
                     draw_validation(config, pipeline, accelerator, output_dir, step, resolution)
                 module.train()
 
             if config.eval_every and step % config.eval_every == 0:
-                with ema_weights(ema, module), gathered(module):
+                with ema_weights(ema, module), gathered(module), torch.compiler.set_stance("force_eager"):
                     evaluate(config, pipeline, module, accelerator, output_dir, step)
                 module.train()
 
@@ -375,7 +380,8 @@ def update(
         }
         skipped.update(batch["skipped"])
         keys += batch["keys"]
-        with accelerator.accumulate(wrapped), attention_kernel(accelerator.device, accelerator.mixed_precision):
+        kernel = attention_kernel(accelerator.device, accelerator.mixed_precision, config.attention_backend)
+        with accelerator.accumulate(wrapped), kernel:
             terms, samples = wrapped(batch)
             losses.append(
                 {name: term.item() for name, term in terms.items()}
@@ -402,14 +408,33 @@ def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> d
     return {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
 
 
-def attention_kernel(device: torch.device, mixed_precision: str) -> AbstractContextManager:
+@contextmanager
+def attention_kernel(device: torch.device, mixed_precision: str, backend: str | None = None) -> Iterator[None]:
     """PyTorch's choice but for two. bf16 on CPUs: fused attention takes longer backward than the whole plain one. CUDA: the
-    backward pass of cuDNN's attention made illegal memory accesses for Flux at 512 px (seen on an H200, torch 2.11)."""
+    backward pass of cuDNN's attention made illegal memory accesses for Flux at 512 px (seen on an H200, torch 2.11).
+    `backend` is diffusers', for Flux and Z-Image in its place."""
+    ours: AbstractContextManager = nullcontext()
     if device.type == "cuda":
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    if device.type == "cpu" and mixed_precision == "bf16":
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+        ours = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    elif device.type == "cpu" and mixed_precision == "bf16":
+        ours = sdpa_kernel(SDPBackend.MATH)
+    with ours, nullcontext() if backend is None else attention_backend(backend):
+        yield
+
+
+def check_attention_backend(pipeline: IOMMPipeline, device: torch.device, mixed_precision: str, backend: str):
+    """Tries it. Raises `ValueError` where the generator does not use it, or it cannot run here or has no backward pass."""
+    if isinstance(pipeline.transformer, UNet2DConditionModel):
+        raise ValueError(
+            f"attention_backend {backend!r} is for a Flux or Z-Image; a U-Net's attention does not use it."
+        )
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    tokens = torch.randn(1, 16, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        with attention_kernel(device, mixed_precision, backend):
+            dispatch_attention_fn(tokens, tokens, tokens).sum().backward()
+    except Exception as error:  # of whichever package the backend is
+        raise ValueError(f"attention_backend {backend!r} cannot train on this {device.type}: {error}") from error
 
 
 def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:

@@ -5,7 +5,7 @@ objective live together here. MLLM and autoencoder are inside but frozen: they g
 `trainable_state` leaves them out of everything that is saved.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -32,7 +32,8 @@ class IOMMTrainingModule(nn.Module):
         mask_ratio (`float`): Share r of image tokens hidden, in [0, 1).
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`): Law of t.
         timestep_shift (`float`, *optional*, defaults to 1.0): See [`~iomm_hf.flow_matching.shift_time`].
-        compile (`bool`, *optional*, defaults to `False`): Compiles the generator for training; drawing stays eager.
+        compile (`str`, *optional*, defaults to `"none"`): `"whole"` compiles the generator's call here, `"blocks"` its repeated
+            blocks, wherever they are called.
         alignment ([`VisionAlignment`], *optional*): Made for `transformer`; trained with it.
         alignment_weight (`float`, *optional*, defaults to 0.5): Its share of what is minimised.
     """
@@ -45,7 +46,7 @@ class IOMMTrainingModule(nn.Module):
         mask_ratio: float,
         timestep_sampling: TimestepSampling = "uniform",
         timestep_shift: float = 1.0,
-        compile: bool = False,
+        compile: Literal["none", "blocks", "whole"] = "none",
         alignment: VisionAlignment | None = None,
         alignment_weight: float = 0.5,
     ):
@@ -56,7 +57,9 @@ class IOMMTrainingModule(nn.Module):
         self.mask_ratio = mask_ratio
         self.timestep_sampling = timestep_sampling
         self.timestep_shift = timestep_shift
-        self.predict_velocity = torch.compile(predict_velocity) if compile else predict_velocity
+        self.predict_velocity = torch.compile(predict_velocity) if compile == "whole" else predict_velocity
+        if compile == "blocks":
+            self.transformer.compile_repeated_blocks(fullgraph=True)
         self.alignment = alignment
         self.alignment_weight = alignment_weight
 
