@@ -6,8 +6,9 @@
     python recipes/compare_recipes.py --studies pairs --arms "pictures first, 16000" "pairs alone, 16000"
 
 Pictures are plentiful and pairs few. Both stages have the settings of one YAML file each; an arm of a study changes some of
-them. Arms that train alike share their runs and scores. What is scored is not run again; table, plot and sheet are written
-anew after every score.
+them. Arms that train alike share their runs and scores. What is scored is not run again, nor is a pre-training that lies in
+`pretrained` of the results (a run's `run.json`, `log.jsonl` and `final`), so `--results_dir results/compare` goes on with the
+published study. Table, plot and sheet are written anew after every score.
 
 On CPU a run takes one core. Start the same command once a core: each takes what no other is at.
 """
@@ -289,6 +290,9 @@ def train(
     config: CompareConfig, name: str, settings: dict[str, Any], num_pairs: int, seed: int, init_from: Path | None
 ) -> Path:
     """One run; returns its finished pipeline. Raises `filelock.Timeout` while another process is at it."""
+    published = Path(config.results_dir, "pretrained", name, "final")
+    if published.exists():
+        return published
     final = Path(config.output_dir, name, "final")
     with FileLock(f"{final.parent}.lock", timeout=0):
         if final.exists():

@@ -31,6 +31,9 @@ from iomm_hf.training.config import as_source
 from iomm_hf.training.setup import FrozenParts, cache_identity, load_frozen_parts
 
 
+SHARD_BYTES = 500_000_000  # a shard is closed at them: it is held in memory, and a run reads whole shards
+
+
 @dataclass
 class CacheConfig:
     source: str = field(metadata={"help": "Pictures or pairs; in YAML a path or a mapping of SourceConfig's fields."})
@@ -59,7 +62,9 @@ class CacheConfig:
         default=None, metadata={"help": "Upload the finished cache to this data set, such as user/name."}
     )
     private: bool = field(default=False, metadata={"help": "Make that data set private if it is new."})
-    samples_per_shard: int = field(default=2000, metadata={"help": "Samples of all shards but the last."})
+    samples_per_shard: int = field(
+        default=2000, metadata={"help": "Samples of a shard at most; it is closed at half a gigabyte as well."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Pictures a forward pass."})
     device: str = field(default="cpu", metadata={"help": "Where the frozen parts run, such as cuda."})
 
@@ -164,27 +169,33 @@ def main(config: CacheConfig):
         features["caption"] = Value("string")
     stream = SampleStream(source)
     progress = output / "progress.json"  # shards written, and where the stream stood behind the last one
-    state = json.loads(progress.read_text()) if progress.exists() else {"shards": 0, "done": False}
+    state = json.loads(progress.read_text()) if progress.exists() else {"shards": 0, "samples": 0, "done": False}
     if state["shards"]:
         stream.load_state_dict(state["stream"])
     samples = iter(stream)
-    bar = tqdm(desc="Precomputing", unit="picture", initial=state["shards"] * config.samples_per_shard)
+    bar = tqdm(desc="Precomputing", unit="picture", initial=state["samples"])
     while not state["done"]:
         rows: list[dict] = []
-        while len(rows) < config.samples_per_shard and not state["done"]:
+        size = 0
+        while len(rows) < config.samples_per_shard and size < SHARD_BYTES and not state["done"]:
             room = min(config.batch_size, config.samples_per_shard - len(rows))
             batch = list(islice(samples, room))
             fresh = [sample for sample in batch if sample["epoch"] == 0]
             state["done"] = len(fresh) < len(batch)
             if fresh:
                 rows += compute(parts, fresh, config, resolution)
+            size = sum(len(row[CACHE_COLUMN]) + len(row["image"]["bytes"]) for row in rows)
             bar.update(len(fresh))
         if rows:
             shard = output / f"train-{state['shards']:05d}.parquet"
             temporary = shard.with_name(f"{shard.name}.tmp")
             Dataset.from_list(rows, features=Features(features)).to_parquet(temporary)
             temporary.replace(shard)
-            state |= {"shards": state["shards"] + 1, "stream": stream.state_dict()}
+            state |= {
+                "shards": state["shards"] + 1,
+                "samples": state["samples"] + len(rows),
+                "stream": stream.state_dict(),
+            }
         write_json(progress, state)
     bar.close()
     print(f"Finished: {output}, {state['shards']} shards")

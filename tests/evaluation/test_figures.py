@@ -41,7 +41,7 @@ def test_a_sheet_may_have_a_prompt_over_each_picture(tmp_path, images):
 
 
 def test_a_run_shows_all_its_curves_and_gaps_where_an_update_was_left_out(tmp_path):
-    row = {"grad_norm": 0.5, "learning_rate": 1e-3, "images_per_second": 40.0}
+    row = {"grad_norm": 0.5, "learning_rate": 1e-3, "images_per_second": 40.0, "skipped": {"not an image": 2}}
     groups = {"loss_by_time": {"0-0.25": 0.2, "0.25-0.5": 0.4}, "loss_by_source": {"0: photos": 0.3}}
     rows = [
         {"step": step, "images": 3 * step, "loss": 1 / step, "alignment": 0.1, **row, **groups} for step in range(1, 9)
@@ -54,6 +54,9 @@ def test_a_run_shows_all_its_curves_and_gaps_where_an_update_was_left_out(tmp_pa
         len(Image.open(tmp_path / f"{n}.png").convert("RGB").getcolors(500_000)) for n in ("curves", "loss")
     )
     assert curves > loss > 3
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 9, "lo')  # being written
+    plot_run(tmp_path, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
 
 
 def test_scores_are_drawn_with_all_names_inside_the_picture(tmp_path):

@@ -176,6 +176,18 @@ def test_runs_that_differ_in_seed_or_ratio_do_not_lock_each_other(module, config
             module.train(config, names[0], settings, 8, 0, None)
 
 
+def test_a_published_pre_training_is_not_run_again(module, config, monkeypatch):
+    ran = []
+    monkeypatch.setattr(module, "run", lambda script, settings, *launch: ran.append(settings))
+    name = module.name_of("pretrain", {"mix_ratio": 1.0}, 8) + "-seed_0"
+    published = Path(config.results_dir, "pretrained", name, "final")
+    assert module.train(config, name, {"mix_ratio": 1.0}, 8, 0, None) != published
+    published.mkdir(parents=True)
+    assert module.train(config, name, {"mix_ratio": 1.0}, 8, 0, None) == published
+    scripts = [settings["output_dir"] for settings in ran if Path(settings["output_dir"]).name == name]
+    assert len(scripts) == 1
+
+
 def test_arms_that_train_alike_share_their_score(module, config):
     config = replace(config, num_pairs=1000)
 

@@ -57,6 +57,7 @@ def test_settings_are_the_papers(path):
     )
 
     global_batch = processes * config.batch_size * config.gradient_accumulation
+    assert config.global_batch_size == global_batch
     if stage == "pretrain":
         assert global_batch == {"base": 1024, "large": 512, "xl": 4096}[size]
         assert config.resolution == 512 and config.mix_ratio == 1
@@ -249,7 +250,7 @@ for config in map(Path, sys.argv[2:]):
     recipe = config.parents[1] / ("pretrain_image_only.py" if stage == "pretrain" else "finetune_mixed.py")
     smaller = {
         "output_dir": output / config.stem, "max_steps": 2, "batch_size": 1, "gradient_accumulation": 1,
-        "resolution": 64, "shuffle_block": 4, "num_workers": 0, "log_every": 1, "tracker": "none",
+        "global_batch_size": int(os.environ.get("WORLD_SIZE", 1)), "resolution": 64, "shuffle_block": 4, "num_workers": 0, "log_every": 1, "tracker": "none",
     }
     if "WORLD_SIZE" not in os.environ:
         smaller["fully_shard"] = False  # one process has nobody to share with

@@ -107,6 +107,17 @@ def test_a_killed_one_goes_on_and_both_stages_train_on_it(module, folder, settin
     assert info["resolution"] == 64 and len(info["vae"]) == len(info["vision tower"]) == 64
 
 
+def test_a_shard_is_closed_at_its_bytes(module, folder, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    module.main(module.CacheConfig(source=str(folder / "images"), output_dir=str(tmp_path / "c"), **settings))
+    progress = json.loads((tmp_path / "c/progress.json").read_text())
+    assert (progress["shards"], progress["samples"]) == (7, 20)  # a batch of three each
+    keys = {
+        sample["key"] for sample, _ in zip(SampleStream(SourceConfig(str(tmp_path / "c"))), range(20), strict=False)
+    }
+    assert len(keys) == 20
+
+
 @torch.no_grad()
 def test_the_cache_holds_the_posterior_of_each_picture(module, folder, settings, tmp_path):
     module.main(module.CacheConfig(source=str(folder / "images"), output_dir=str(tmp_path / "c"), **settings))

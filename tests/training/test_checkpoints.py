@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from iomm_hf.files import write_json
@@ -58,3 +59,13 @@ def test_one_of_two_folders_is_whole_at_any_moment(tmp_path, monkeypatch, module
     assert contents(tmp_path / "best") == [left, left]
     write_whole(tmp_path / "best", "newer")
     assert contents(tmp_path / "best") == ["newer", "newer"] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(torch.OutOfMemoryError("on the GPU"), torch.OutOfMemoryError), (RuntimeError("full"), OSError)],
+)
+def test_only_what_writing_fails_for_is_called_a_full_disk(tmp_path, error, raised):
+    with pytest.raises(raised), whole_folder(tmp_path / "checkpoint", Accelerator(cpu=True)):
+        raise error
+    assert not list(tmp_path.iterdir())

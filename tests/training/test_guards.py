@@ -79,6 +79,18 @@ def test_an_update_that_is_not_finite_is_left_out_and_kept_for_later(settings, m
     assert ["loss" in row for row in rows] == [True, True, False, True] and rows[2]["grad_norm"] is None
 
 
+def test_an_update_is_left_out_where_the_loss_alone_is_not_finite(settings, monkeypatch):
+    original = loop.IOMMTrainingModule.forward
+
+    def forward(self, batch):
+        terms, samples = original(self, batch)
+        return terms | {"loss": terms["loss"] + float("inf")}, samples  # whose gradient is as before
+
+    monkeypatch.setattr(loop.IOMMTrainingModule, "forward", forward)
+    with pytest.raises(FloatingPointError, match="2 updates in a row were not finite"):
+        train(PretrainConfig(**settings | {"max_nonfinite": 2}))
+
+
 def test_too_many_of_them_in_a_row_stop_the_run(settings, monkeypatch):
     scale_losses(monkeypatch, {1, 2, 4, 5, 6}, float("inf"))
     with pytest.raises(FloatingPointError, match=r"3 updates in a row were not finite, the last at step 6.*nonfinite"):
@@ -238,6 +250,13 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path, shared):
         (tmp_path / rank).mkdir()
     debug_launcher(enter_from_own_folder, (tmp_path, shared), num_processes=2)
     assert {path.name for path in (tmp_path / ("." if shared else "0") / "run").iterdir()} == {".lock"}
+
+
+def test_another_global_batch_than_asked_for_is_refused(settings):
+    with pytest.raises(ValueError, match="is 1024, but 1 processes x batch_size 3 x gradient_accumulation 2 are 6"):
+        train(PretrainConfig(**settings | {"gradient_accumulation": 2, "global_batch_size": 1024}))
+    assert not Path(settings["output_dir"]).exists()
+    train(PretrainConfig(**settings | {"gradient_accumulation": 2, "global_batch_size": 6, "max_steps": 1}))
 
 
 def test_one_process_cannot_divide_the_weights(settings):

@@ -53,17 +53,18 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path):
 
 def plot_run(folder: str | Path, path: str | Path):
     """Writes all curves of a run, a folder with `log.jsonl`: losses as they are, by time and by source, the gradient's norm,
-    the learning rate and the speed."""
+    the learning rate, the speed, the seconds a step that data were waited for, and the bad samples left out, by reason."""
     rows = read_log(Path(folder) / "log.jsonl")
     panels: dict[str, dict[str, list]] = {"loss": {"flow matching": [row.get("loss") for row in rows]}}
     if any("alignment" in row for row in rows):
         panels["loss"]["alignment"] = [row.get("alignment") for row in rows]
-    for name in ("loss_by_time", "loss_by_source"):
+    for name in ("loss_by_time", "loss_by_source", "skipped"):
         labels = sorted({label for row in rows for label in row.get(name, {})})
-        panels[name] = {label: [row.get(name, {}).get(label) for row in rows] for label in labels}
-    for name in ("grad_norm", "learning_rate", "images_per_second"):
+        missing = 0 if name == "skipped" else None
+        panels[name] = {label: [row.get(name, {}).get(label, missing) for row in rows] for label in labels}
+    for name in ("grad_norm", "learning_rate", "images_per_second", "seconds_waiting"):
         panels[name] = {"": [row.get(name) for row in rows]}
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), squeeze=False)
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6), squeeze=False)
     steps = [row["step"] for row in rows]
     for axis, (name, curves) in zip(axes.flat, panels.items(), strict=True):
         for label, values in curves.items():
@@ -142,7 +143,13 @@ def draw_radar(parts: Sequence[str], rows: Mapping[str, Sequence[float]], path: 
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+    """Rows of JSON lines; a last one that is being written, or was when the run was killed, is left out."""
+    *lines, last = Path(file).read_text().split("\n")
+    rows = [json.loads(line) for line in lines]
+    try:
+        return [*rows, json.loads(last)]
+    except json.JSONDecodeError:
+        return rows
 
 
 def save(figure: plt.Figure, path: str | Path):

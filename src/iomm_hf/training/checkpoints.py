@@ -79,7 +79,9 @@ def whole_folder(path: Path, accelerator: Accelerator):
         write_through(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError | RuntimeError):  # torch reports a full disk as RuntimeError
+        elsewhere = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)
+        # torch reports a full disk as RuntimeError.
+        if isinstance(error, OSError | SafetensorError | RuntimeError) and not elsewhere:
             raise OSError(
                 f"Could not write {path}: {error}. Nothing was left under that name; earlier checkpoints are whole. Free"
                 " some space and start the same command again: the run continues from the newest one."

@@ -100,6 +100,10 @@ class TrainingConfig:
     # Optimisation
     batch_size: int = setting(16, "Samples a rank and forward pass. The paper's global batch: 1024 (B), 512 (L).")
     gradient_accumulation: int = setting(1, "Forward passes an optimizer step.")
+    global_batch_size: int | None = setting(
+        None,
+        "Samples an optimizer step, of all ranks: a run that would have others is refused. Default: whatever they are.",
+    )
     max_steps: int = setting(
         1000, "Optimizer steps of the run. A resumed one may have more or fewer where lr_scheduler is a constant one."
     )
@@ -129,13 +133,13 @@ class TrainingConfig:
     mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
     compile: Literal["none", "blocks", "whole"] = setting(
         "none",
-        "Compile the generator for training with torch.compile: whole, or the kinds of blocks that it repeats, which leaves less"
-        " to fuse and is ready far sooner (our choice). It needs a C++ compiler on CPUs.",
+        "Compile the generator for training with torch.compile: whole, or block by block, each kind once (our choice). It needs a"
+        " C++ compiler on CPUs.",
     )
     attention_backend: str | None = setting(
         None,
-        "diffusers' attention backend for a Flux's or Z-Image's training, such as flash, _flash_3 or flex (our choice). Default:"
-        " PyTorch's own choice, on CUDA without cuDNN's.",
+        "diffusers' attention backend for training a Flux or Z-Image, such as _native_flash or _native_cudnn (our choice); it is"
+        " tried first. Default: PyTorch's own choice, on CUDA without cuDNN's.",
     )
     fully_shard: bool = setting(
         False,

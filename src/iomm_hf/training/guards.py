@@ -26,6 +26,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from filelock import FileLock, Timeout
 
 from ..files import TEMPORARY
+from .config import TrainingConfig
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,17 @@ def check_strategy(accelerator: Accelerator, fully_shard: bool = False):
         raise RuntimeError(
             "fully_shard divides the weights among several processes, but there is one. Launch more (recipes/accelerate/),"
             " or turn it off."
+        )
+
+
+def check_global_batch(config: TrainingConfig, num_processes: int):
+    """Raises `ValueError` if a step of so many ranks would not have `global_batch_size` samples."""
+    batch = config.batch_size * config.gradient_accumulation * num_processes
+    if config.global_batch_size not in (None, batch):
+        raise ValueError(
+            f"global_batch_size is {config.global_batch_size}, but {num_processes} processes x batch_size {config.batch_size} x"
+            f" gradient_accumulation {config.gradient_accumulation} are {batch}. Launch another number of processes, or change"
+            " one of the three."
         )
 
 
@@ -202,7 +214,7 @@ class StopSignals:
 
 class NonFiniteGuard:
     r"""
-    Counts updates that were skipped because their gradient is not finite, and keeps what they were made of.
+    Counts updates that were skipped because their loss or gradient is not finite, and keeps what they were made of.
 
     Args:
         path (`Path`): JSON lines of them: step, gradient's norm, and each rank's losses and sample keys.
@@ -231,7 +243,10 @@ class NonFiniteGuard:
         by_rank = gather_object([{"losses": {name: repr(loss) for name, loss in losses.items()}, "keys": keys}])
         if accelerator.is_main_process:
             logger.warning(
-                "Step %d: the gradient's norm is %s; nothing is updated. Samples: %s", step, grad_norm, self.path
+                "Step %d: loss or gradient is not finite (norm %s); nothing is updated. Samples: %s",
+                step,
+                grad_norm,
+                self.path,
             )
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "grad_norm": repr(grad_norm), "ranks": by_rank}) + "\n")

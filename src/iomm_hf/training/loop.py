@@ -30,7 +30,7 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,6 +65,7 @@ from .guards import (
     NonFiniteGuard,
     SpikeGuard,
     StopSignals,
+    check_global_batch,
     check_strategy,
     hold_folder,
     leave_signals_to_main,
@@ -115,6 +116,7 @@ def train(config: TrainingConfig) -> Path:
         ],
     )
     check_strategy(accelerator, config.fully_shard)
+    check_global_batch(config, accelerator.num_processes)
     set_seed(config.seed)
     with hold_folder(output_dir, accelerator):
         return run(config, output_dir, accelerator)
@@ -181,7 +183,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
 
     # 3. What trains
     if config.attention_backend is not None:
-        check_attention_backend(pipeline, accelerator.device, config.mixed_precision, config.attention_backend)
+        check_attention_backend(config.attention_backend, pipeline, accelerator)
     assert config.preset is not None  # filled in by the settings
     mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
     sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
@@ -370,6 +372,7 @@ def update(
     mean losses, the norm of all ranks' gradient and the keys of this rank's samples."""
     losses: list[dict[str, float]] = []
     keys: list[str] = []
+    finite = True
     for _ in range(config.gradient_accumulation):
         started = time.monotonic()
         batch = next(batches)
@@ -383,13 +386,17 @@ def update(
         kernel = attention_kernel(accelerator.device, accelerator.mixed_precision, config.attention_backend)
         with accelerator.accumulate(wrapped), kernel:
             terms, samples = wrapped(batch)
+            values = {name: term.item() for name, term in terms.items()}
+            finite = finite and all(map(math.isfinite, values.values()))
             losses.append(
-                {name: term.item() for name, term in terms.items()}
+                values
                 | losses_by_group(samples["losses"], samples["timesteps"], batch["source"], num_sources)
                 | {"seconds_waiting": waited}
             )
             accelerator.backward(sum(terms.values()))
     grad_norm = clip_gradients(weights, config.max_grad_norm)
+    if not accelerator.gather(torch.tensor([float(finite)], device=accelerator.device)).all():
+        grad_norm = math.nan  # a loss can overflow whose gradient does not
     for optimizer in optimizers:
         if math.isfinite(grad_norm):
             optimizer.step()
@@ -422,19 +429,43 @@ def attention_kernel(device: torch.device, mixed_precision: str, backend: str | 
         yield
 
 
-def check_attention_backend(pipeline: IOMMPipeline, device: torch.device, mixed_precision: str, backend: str):
-    """Tries it. Raises `ValueError` where the generator does not use it, or it cannot run here or has no backward pass."""
+def check_attention_backend(backend: str, pipeline: IOMMPipeline, accelerator: Accelerator):
+    """Tries it with the types and the mask that the generator will give it, beside plain attention.
+
+    Raises:
+        `ValueError`: the generator does not use it, it would fetch code from the Hub, it cannot run here or has no backward
+            pass, or it answers otherwise, as those do that take a mask for padding at the end.
+    """
     if isinstance(pipeline.transformer, UNet2DConditionModel):
         raise ValueError(
             f"attention_backend {backend!r} is for a Flux or Z-Image; a U-Net's attention does not use it."
         )
-    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    tokens = torch.randn(1, 16, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    if backend.endswith("_hub"):
+        raise ValueError(
+            f"attention_backend {backend!r} would run code from the Hub, of no pinned revision; choose another."
+        )
+    device, generator = accelerator.device, torch.Generator().manual_seed(0)
+    # Normalised queries and keys stay in float32 under autocast, values do not. A head 64 wide suits every kernel.
+    tokens = [torch.randn(1, 32, 2, 64, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    mask = None
+    if pipeline.text_encoder.config.condition_tokens == "all":
+        mask = torch.ones(1, 1, 1, 32, dtype=torch.bool, device=device)
+        mask[..., 8:16] = False  # padding of the condition, before the image
+    answers = []
     try:
-        with attention_kernel(device, mixed_precision, backend):
-            dispatch_attention_fn(tokens, tokens, tokens).sum().backward()
+        for name in (backend, AttentionBackendName._NATIVE_MATH):
+            with attention_kernel(device, accelerator.mixed_precision, name), accelerator.autocast():
+                query, key, value = tokens
+                value = value.bfloat16() if accelerator.mixed_precision == "bf16" else value
+                answer = dispatch_attention_fn(query, key, value, attn_mask=mask)
+            answers.append([answer, *torch.autograd.grad(answer.float().square().sum(), tokens)])
     except Exception as error:  # of whichever package the backend is
         raise ValueError(f"attention_backend {backend!r} cannot train on this {device.type}: {error}") from error
+    tolerance = 0.05 if accelerator.mixed_precision == "bf16" else 1e-3
+    if not all(
+        torch.allclose(one.float(), two.float(), tolerance, tolerance) for one, two in zip(*answers, strict=True)
+    ):
+        raise ValueError(f"attention_backend {backend!r} does not answer as plain attention does; choose another.")
 
 
 def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:

@@ -59,7 +59,7 @@ class IOMMTrainingModule(nn.Module):
         self.timestep_shift = timestep_shift
         self.predict_velocity = torch.compile(predict_velocity) if compile == "whole" else predict_velocity
         if compile == "blocks":
-            self.transformer.compile_repeated_blocks(fullgraph=True)
+            self.transformer.compile_repeated_blocks()
         self.alignment = alignment
         self.alignment_weight = alignment_weight
 
