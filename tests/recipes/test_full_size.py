@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -254,6 +255,8 @@ for config in map(Path, sys.argv[2:]):
     }
     if "WORLD_SIZE" not in os.environ:
         smaller["fully_shard"] = False  # one process has nobody to share with
+    elif "ACCELERATE_USE_FSDP" in os.environ:
+        smaller["fully_shard"] = True  # which fsdp2.yaml wants to be told
     if stage == "finetune":
         smaller["init_from"] = output / f"{size}-pretrain" / "final"
     sys.argv = [str(recipe), "--config", str(config)]
@@ -263,17 +266,24 @@ for config in map(Path, sys.argv[2:]):
 '''
 
 
-def run(hub, folder: Path, configs: list[Path], *launcher: str):
+def run(hub, folder: Path, configs: list[Path], *launchers: list[str]):
+    """Runs them once, or once by each of these launchers at the same time: a machine each."""
     script = folder / "run.py"
     script.write_text(RUN)
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(folder), *map(str, configs)],
-        env=hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *launcher, str(script), str(folder), *map(str, configs)],
+            env=hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for launcher in launchers or [[]]
+    ]
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
 
 
 def check(hub, folder: Path, configs: list[Path], processes: int):
@@ -302,11 +312,20 @@ def test_every_config_runs_with_a_tiny_model_on_copies_of_its_data(hub, tmp_path
 
 
 @pytest.mark.slow
-def test_every_config_runs_on_two_ranks(hub, tmp_path):
-    """The launcher itself starts every test of `tests/training/test_ranks.py`."""
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(LAUNCHERS / "cpu.yaml"))
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "multi-node"])
+def test_every_config_runs_on_two_ranks_of_every_launcher(hub, tmp_path, name):
     for config in CONFIGS:
-        run(hub, tmp_path, [config], *launcher)
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHERS / f"{name}.yaml")]
+        if name != "cpu":
+            with socket.socket() as listener:  # a port that is free
+                listener.bind(("127.0.0.1", 0))
+                port = str(listener.getsockname()[1])
+            launcher += ["--num_processes", "2", "--main_process_port", port]
+        launchers = [launcher]
+        if name == "multi-node":
+            machines = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
+            launchers = [[*launcher, *machines, str(rank)] for rank in range(2)]
+        run(hub, tmp_path, [config], *launchers)
     check(hub, tmp_path, CONFIGS, processes=2)
 
 
