@@ -4,8 +4,8 @@ stock transformer alone on conditions computed before.
     python benchmarks/training_loop.py
 
 What the loop adds to the modules is reading and collating samples, clipping, averaging of the weights, guards, logs and Accelerate; to the
-transformer alone also the condition path, which is computation and no overhead. Latents and vision tokens are cached. One round is a run of
-all three; of the loop's own log the first row does not count.
+transformer alone also the condition path, which is computation and no overhead. Latents and vision tokens are cached. A round's bare steps
+are timed before and after the loop's, so that a machine that drifts falls on both; of the loop's own log the first row does not count.
 """
 
 import json
@@ -116,7 +116,12 @@ def main(config: TrainingLoopConfig):
             [sys.executable, str(RECIPES / "precompute_latents.py"), *cache, "--output_dir", str(folder / "cached")],
             check=True,
         )
-        times = [(loop_steps(config, folder, f"run-{i}"), *bare_steps(config, folder)) for i in range(config.rounds)]
+        times = []
+        for i in range(config.rounds):
+            before = bare_steps(config, folder)
+            loop = loop_steps(config, folder, f"run-{i}")
+            after = bare_steps(config, folder)
+            times.append((loop, *(statistics.fmean(both) for both in zip(before, after, strict=True))))
     ratios = [loop / bare for loop, bare, _ in times]
     ratios_alone = [loop / alone for loop, _, alone in times]
     record(
