@@ -36,7 +36,6 @@ from trl import TrlParser
 from iomm_hf import IOMMPipeline
 from iomm_hf.data.shapes import TASKS
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.data.sources import SourceConfig
 from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.condition_use import condition_losses
 from iomm_hf.evaluation.drawing import draw_plan
@@ -47,6 +46,7 @@ from iomm_hf.files import write_json
 from iomm_hf.presets import get_preset
 from iomm_hf.shipped import shipped_model
 from iomm_hf.software import software
+from iomm_hf.training.config import as_source
 
 
 RECIPES = Path(__file__).parent
@@ -273,7 +273,7 @@ def held_out_losses(config: CompareConfig, pipeline: IOMMPipeline) -> dict[str, 
     drawn = Path(config.output_dir, "data", f"held-out-pairs-{config.held_out_pairs}")
     with FileLock(f"{drawn}.lock"):
         write_shards(drawn, config.held_out_pairs, seed=12, layout="parquet")
-    stream = build_stream((), [SourceConfig(str(drawn), caption_column="prompt")])
+    stream = build_stream((), [as_source({"path": str(drawn), "caption_column": "prompt"})])
     losses = condition_losses(pipeline, stream, config.held_out_pairs, mask_ratio=0.0, draws=2)
     return {
         name: [round(loss, 5) for loss in of.tolist()] for name, of in zip(("own", "another"), losses, strict=True)
