@@ -269,7 +269,8 @@ def prepare(config: CompareConfig, kind: str, number: int) -> str:
 
 
 def held_out_losses(config: CompareConfig, pipeline: IOMMPipeline) -> dict[str, list[float]]:
-    """Loss of each new pair under its `own` caption and under `another`'s, with the same times and noise in every score."""
+    """Loss of each new pair under its `own` caption and under `another`'s, with the same times and noise in every score
+    of one `output_dir`: a pair's draws come from its file's path."""
     drawn = Path(config.output_dir, "data", f"held-out-pairs-{config.held_out_pairs}")
     with FileLock(f"{drawn}.lock"):
         write_shards(drawn, config.held_out_pairs, seed=12, layout="parquet")
@@ -549,9 +550,8 @@ def write_report(config: CompareConfig, name: str):
     ]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 
-    plot_scores(
-        study, [(arm, [mean["value"] for mean in scores[arm.label].values()]) for arm in arms], folder / "scores.png"
-    )
+    plotted = edits if study.edits else scores
+    plot_scores(study, [(arm, list(plotted[arm.label].values())) for arm in arms], folder / "scores.png")
     rows = {}
     for label, path in strips.items():
         strip = Image.open(path)
@@ -562,24 +562,35 @@ def write_report(config: CompareConfig, name: str):
     draw_sheet(rows, PROMPTS, folder / "sheet.png")
 
 
-def plot_scores(study: Study, scored: list[tuple[Arm, list[float]]], path: Path):
-    """Curves over `x`, or bars where there is no curve yet; a dot a seed."""
+def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], path: Path):
+    """Curves over `x`, or bars where there is no curve yet; a dot a seed, with the interval of its pictures."""
+
+    def dots(x: float, seeds: list[dict[str, float]]):
+        values = [seed["value"] for seed in seeds]
+        ends = [[seed["value"] - seed["low"] for seed in seeds], [seed["high"] - seed["value"] for seed in seeds]]
+        axis.errorbar([x] * len(seeds), values, ends, fmt="o", color="black", markersize=3, capsize=3, zorder=2)
+
+    def mean(seeds: list[dict[str, float]]) -> float:
+        return statistics.fmean(seed["value"] for seed in seeds)
+
     figure, axis = plt.subplots(figsize=(7, 3.5))
     if study.x_label is None or len({arm.x for arm, _ in scored}) == 1:
-        for position, (_, values) in enumerate(scored):
-            axis.bar(position, statistics.fmean(values), color="tab:blue")
-            axis.scatter([position] * len(values), values, color="black", s=12, zorder=2)
+        for position, (_, seeds) in enumerate(scored):
+            axis.bar(position, mean(seeds), color="tab:blue")
+            dots(position, seeds)
         axis.set_xticks(range(len(scored)), [arm.label for arm, _ in scored], rotation=20)
     else:
         for series in dict.fromkeys(arm.series for arm, _ in scored):
-            points = [(arm.x, values) for arm, values in scored if arm.series == series]
-            axis.plot([x for x, _ in points], [statistics.fmean(v) for _, v in points], marker="o", label=series)
+            points = [(arm.x, seeds) for arm, seeds in scored if arm.series == series]
+            axis.plot([x for x, _ in points], [mean(seeds) for _, seeds in points], label=series)
+            for x, seeds in points:
+                dots(x, seeds)
         if len({arm.series for arm, _ in scored}) > 1:
             axis.legend()
         if max(arm.x for arm, _ in scored) > 1:
             axis.set_xscale("log")
         axis.set_xlabel(study.x_label)
-    axis.set(ylabel="overall score")
+    axis.set(ylabel="share of edits that are right" if study.edits else "overall score")
     axis.grid(alpha=0.3, axis="y")
     save(figure, path)
 

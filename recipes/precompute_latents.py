@@ -169,7 +169,9 @@ def main(config: CacheConfig):
         features["caption"] = Value("string")
     stream = SampleStream(source)
     progress = output / "progress.json"  # shards written, and where the stream stood behind the last one
-    state = json.loads(progress.read_text()) if progress.exists() else {"shards": 0, "samples": 0, "done": False}
+    state = {"shards": 0, "samples": 0, "done": False}
+    if progress.exists():
+        state |= json.loads(progress.read_text())
     if state["shards"]:
         stream.load_state_dict(state["stream"])
     samples = iter(stream)
