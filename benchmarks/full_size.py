@@ -26,7 +26,7 @@ from iomm_hf.data.collate import IOMMCollator
 from iomm_hf.generators import predict_velocity
 from iomm_hf.presets import get_preset
 from iomm_hf.training import IOMMTrainingModule, PretrainConfig
-from iomm_hf.training.loop import attention_kernel
+from iomm_hf.training.attention import attention_kernel
 from iomm_hf.training.optimizers import AveragedWeights, build_optimizers, clip_gradients
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from iomm_hf.data.shapes_writer import write_shards
-from iomm_hf.tiny import tiny_encoder, tiny_vae
+from iomm_hf.tiny import tiny_encoder, tiny_pipeline, tiny_vae
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +37,10 @@ def settings(parts, tmp_path):
         "learning_rate": 1e-3,
         "validate_every": 0,
     }
+
+
+@pytest.fixture
+def flux_settings(settings, flux, tmp_path):
+    tiny_pipeline(flux).save_pretrained(tmp_path / "flux")
+    settings = {name: value for name, value in settings.items() if name not in ("mllm", "vae")}
+    return settings | {"init_from": str(tmp_path / "flux"), "max_steps": 2, "log_every": 1}

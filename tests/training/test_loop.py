@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils import set_seed
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +20,7 @@ from iomm_hf.modeling_iomm import hash_weight_files, load_mllm
 from iomm_hf.tiny import tiny_pipeline
 from iomm_hf.training import FinetuneConfig, PretrainConfig, loop, train
 from iomm_hf.training.checkpoints import list_checkpoints
-from iomm_hf.training.loop import attention_kernel, keep_log_until
+from iomm_hf.training.loop import keep_log_until
 
 
 def same_state(first: Path, second: Path) -> bool:
@@ -468,87 +467,6 @@ def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
     train(PretrainConfig(**settings | {"max_steps": 4} | scored))
     name = "checkpoint-00000004"
     assert same_state(Path(settings["output_dir"]) / name, tmp_path / "scored" / name)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "flash", "cudnn"),
-    [
-        ("cuda", "bf16", True, False),
-        ("cuda", "no", True, False),
-        ("cpu", "bf16", False, False),
-        ("cpu", "no", True, True),
-    ],
-)
-def test_attention_kernels_that_fail_or_are_slow_are_left_out(device, precision, flash, cudnn):
-    with attention_kernel(torch.device(device), precision):
-        assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) == (flash, cudnn)
-        assert torch.backends.cuda.math_sdp_enabled()
-
-
-@pytest.fixture
-def flux_settings(settings, flux, tmp_path):
-    tiny_pipeline(flux).save_pretrained(tmp_path / "flux")
-    settings = {name: value for name, value in settings.items() if name not in ("mllm", "vae")}
-    return settings | {"init_from": str(tmp_path / "flux"), "max_steps": 2, "log_every": 1}
-
-
-def test_an_attention_backend_is_the_generators_for_training(flux_settings, tmp_path, monkeypatch):
-    losses = []
-    called = []
-    plain_math = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
-    monkeypatch.setitem(
-        _AttentionBackendRegistry._backends,
-        AttentionBackendName._NATIVE_MATH,
-        lambda *args, **kwargs: called.append(1) or plain_math(*args, **kwargs),
-    )
-    for name in (None, "_native_math"):
-        output_dir = str(tmp_path / str(name))
-        train(PretrainConfig(**flux_settings | {"output_dir": output_dir, "attention_backend": name}))
-        losses.append([row["loss"] for row in rows(output_dir)])
-        # It is tried, beside itself, and then called by each of three blocks in two steps.
-        assert len(called) == (0 if name is None else 2 + 2 * 3)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE  # as before
-
-
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        ("flash_hub", "would run code from the Hub"),
-        ("flash", "cannot train on this cpu: .*install `flash-attn"),
-        ("fast", "cannot train on this cpu: .*not registered"),
-    ],
-)
-def test_an_attention_backend_that_cannot_run_is_refused(flux_settings, backend, message):
-    with pytest.raises(ValueError, match=message):
-        train(PretrainConfig(**flux_settings | {"attention_backend": backend}))
-
-
-def test_an_attention_backend_without_a_backward_pass_is_refused(flux_settings, monkeypatch):
-    def forward_only(query, key, value, **kwargs):
-        return value.detach().clone()
-
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_EFFICIENT, forward_only)
-    with pytest.raises(ValueError, match="'_native_efficient' cannot train on this cpu: .*does not require grad"):
-        train(PretrainConfig(**flux_settings | {"attention_backend": "_native_efficient"}))
-
-
-def test_an_attention_backend_that_takes_masks_for_padding_at_the_end_is_refused(flux_settings, monkeypatch):
-    plain_math = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
-
-    def to_the_end(query, key, value, attn_mask=None, **kwargs):
-        length = int(attn_mask.sum())
-        return plain_math(query, key[:, :length], value[:, :length], **kwargs)
-
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_EFFICIENT, to_the_end)
-    settings = flux_settings | {"attention_backend": "_native_efficient"}
-    with pytest.raises(ValueError, match="'_native_efficient' does not answer as plain attention does"):
-        train(PretrainConfig(**settings))
-
-
-def test_an_attention_backend_that_a_unet_would_not_use_is_refused(settings):
-    with pytest.raises(ValueError, match="is for a Flux or Z-Image"):
-        train(PretrainConfig(**settings | {"attention_backend": "native"}))
 
 
 def test_a_run_compiled_in_blocks_draws_without_them(flux_settings, tmp_path, monkeypatch):
