@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -269,13 +271,15 @@ def prepare(config: CompareConfig, kind: str, number: int) -> str:
 
 
 def held_out_losses(config: CompareConfig, pipeline: IOMMPipeline) -> dict[str, list[float]]:
-    """Loss of each new pair under its `own` caption and under `another`'s, with the same times and noise in every score
-    of one `output_dir`: a pair's draws come from its file's path."""
+    """Loss of each new pair under its `own` caption and under `another`'s, with the same times and noise in every score."""
     drawn = Path(config.output_dir, "data", f"held-out-pairs-{config.held_out_pairs}")
     with FileLock(f"{drawn}.lock"):
         write_shards(drawn, config.held_out_pairs, seed=12, layout="parquet")
     stream = build_stream((), [as_source({"path": str(drawn), "caption_column": "prompt"})])
-    losses = condition_losses(pipeline, stream, config.held_out_pairs, mask_ratio=0.0, draws=2)
+    new = islice(stream, config.held_out_pairs)
+    # Draws and order derive from keys, which begin with a digest of the path: what follows is a pair's place in its file.
+    pairs = sorted((pair | {"key": pair["key"].partition("/")[2]} for pair in new), key=itemgetter("key"))
+    losses = condition_losses(pipeline, pairs, len(pairs), mask_ratio=0.0, draws=2)
     return {
         name: [round(loss, 5) for loss in of.tolist()] for name, of in zip(("own", "another"), losses, strict=True)
     }

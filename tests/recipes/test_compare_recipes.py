@@ -84,6 +84,12 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
         module.main(replace(config, num_pairs=4))
 
 
+def test_losses_on_new_pairs_do_not_depend_on_the_folder(module, config, tmp_path):
+    pipeline = tiny_pipeline()
+    here = module.held_out_losses(config, pipeline)
+    assert module.held_out_losses(replace(config, output_dir=str(tmp_path / "elsewhere")), pipeline) == here
+
+
 def write_scores(module, config, study: str, values: dict[str, list[float]]):
     """Scores as if they had been measured, by label and seed."""
     for arm in module.STUDIES[study].arms:
