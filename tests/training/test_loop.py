@@ -225,6 +225,9 @@ def test_resuming_with_other_settings_is_refused(settings):
     with pytest.raises(ValueError, match="resume it"):
         train(PretrainConfig(**settings | {"resume": False}))
     train(PretrainConfig(**settings | {"max_steps": 6, "log_every": 1}))  # longer and chattier is the same run
+    record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert record["config"]["max_steps"] == 6 and record["config"]["log_every"] == 1
+    assert record["resumed"][0]["settings_before"] == {"max_steps": 4, "log_every": 2}
     assert rows(settings["output_dir"])[-1]["step"] == 6
     assert [row["learning_rate"] for row in rows(settings["output_dir"])] == [1e-3] * 4  # warmed up in two steps
 

@@ -237,7 +237,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         step, skipped, recent = trainer_state["step"], Counter(rank_state["skipped"]), rank_state["recent"]
         logger.info("Resuming from %s", checkpoint)
         if accelerator.is_main_process:
-            note_resumption(record, step, trainer_state.get("software"), running)
+            note_resumption(record, step, config, trainer_state.get("software"), running)
     if accelerator.is_main_process:
         for name in ("log.jsonl", "nonfinite.jsonl"):
             keep_log_until(output_dir / name, step)
@@ -450,11 +450,16 @@ def data_commits(sources: list[SourceConfig], record: Path | None, accelerator: 
     return commits
 
 
-def note_resumption(record: Path, step: int, before: dict[str, Any] | None, now: dict[str, Any]):
-    """Adds a part to the run's record, and warns if it does not run on what wrote the checkpoint."""
+def note_resumption(
+    record: Path, step: int, config: TrainingConfig, before: dict[str, Any] | None, now: dict[str, Any]
+):
+    """Adds a part to the run's record, whose settings are those in force from here on, and warns if it does not run on what
+    wrote the checkpoint."""
     content = json.loads(record.read_text()) if record.exists() else {}
-    content.setdefault("resumed", []).append({"step": step, **now})
-    write_json(record, content)
+    settings, earlier = json.loads(json.dumps(config.to_dict())), content.get("config", {})
+    settings_before = {name: earlier.get(name) for name in settings if earlier.get(name) != settings[name]}
+    content.setdefault("resumed", []).append({"step": step, "settings_before": settings_before, **now})
+    write_json(record, content | {"config": settings})
     if before is None:  # an earlier version kept no account of it
         return
     old, new = (
