@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from iomm_hf.cost import estimate_training
-from iomm_hf.training import FinetuneConfig, train
+from iomm_hf.training import FinetuneConfig, PretrainConfig, train
 from iomm_hf.training.metrics import BANDS, losses_by_group, mean_losses_by_group
 
 
@@ -58,3 +59,21 @@ def test_utilisation_is_the_share_of_the_peak_that_counted_flops_reach(settings,
     assert len(tracked.Images("validation")) == 1
     with pytest.raises(ValueError, match="peak_tflops must be positive, got 0"):
         FinetuneConfig(**settings | {"peak_tflops": 0})
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_have_the_log_and_the_validation_pictures_offline(settings, tracker, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
+    module = pytest.importorskip(tracker)
+    settings |= {"max_steps": 2, "log_every": 1, "validate_every": 2, "validation_prompts": ["a red circle"]}
+    train(PretrainConfig(**settings | {"validation_steps": 1, "tracker": tracker}))
+    if tracker == "wandb":
+        module.teardown()  # its service writes the rest
+    written = b"".join(
+        path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in {".wandb", ".db", ".db-wal"}
+    )
+    names = ["grad_norm", "learning_rate", "images_per_second", "loss_by_time/", "loss_by_source/", "validation"]
+    assert [name for name in names if name.encode() not in written] == []
+    assert [Image.open(path).size for path in tmp_path.rglob("media/**/*.png")] == [(64, 64)]
