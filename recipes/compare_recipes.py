@@ -14,7 +14,6 @@ On CPU a run takes one core. Start the same command once a core: each takes what
 """
 
 import json
-import math
 import os
 import shlex
 import statistics
@@ -27,12 +26,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from PIL import Image
-from scipy.stats import t as student
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
@@ -42,8 +39,9 @@ from iomm_hf.data.streams import build_stream
 from iomm_hf.evaluation.condition_use import condition_losses
 from iomm_hf.evaluation.drawing import draw_plan
 from iomm_hf.evaluation.edits import draw_edits, edit_cases, score_edits
-from iomm_hf.evaluation.figures import draw_sheet, save
+from iomm_hf.evaluation.figures import draw_sheet
 from iomm_hf.evaluation.shapes import BenchmarkPicture, benchmark_plan, report_verdicts, score_image
+from iomm_hf.evaluation.studies import Arm, Study, write_study
 from iomm_hf.files import write_json
 from iomm_hf.presets import get_preset
 from iomm_hf.shipped import shipped_model
@@ -54,31 +52,6 @@ from iomm_hf.training.config import as_source
 RECIPES = Path(__file__).parent
 FREE = {"output_dir", "results_dir", "studies", "arms", "seeds"}  # may change while studies go on
 PROMPTS = ["a star", "a red circle", "two hearts", "a square and a ring", "a heart left of a star", "a blue cross"]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: changes to the settings of both stages (`mix_ratio` is the share of pictures alone)."""
-
-    label: str
-    pretrain: dict[str, Any]
-    finetune: dict[str, Any] | None  # None: pre-training alone
-    paper: float | None = None  # GenEval overall there; of a study of edits, ImgEdit-Bench's
-    x: float | None = None  # its place on the plot's axis
-    series: str = ""  # the curve that it belongs to
-    num_pairs: int | None = None  # default: the config's
-
-
-@dataclass(frozen=True)
-class Study:
-    """Arms to compare, and pairs of labels whose difference the report tells."""
-
-    question: str
-    arms: list[Arm]
-    comparisons: list[tuple[str, str]]
-    seeds: tuple[int, ...] = (0,)
-    x_label: str | None = None  # None: bars
-    edits: bool = False  # it is about edits, and so are the paper's figures
 
 
 PICTURES, PAIRS, BOTH = {"mix_ratio": 1.0}, {"mix_ratio": 0.0}, {"mix_ratio": 0.5}
@@ -392,104 +365,6 @@ def score(config: CompareConfig, runs: list[Path], path: Path):
     )
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval over seeds; infinitely wide for a single one."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, -float("inf"), float("inf")
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-def difference(one: dict[int, dict], other: dict[int, dict]) -> tuple[float, float, float]:
-    """
-    Mean and 95 % interval of the differences at the seeds of both. Of a single seed the interval is that of its pictures
-    (MOVER), which knows nothing of how much trainings differ.
-    """
-    seeds = sorted(one.keys() & other.keys())
-    values = [one[seed]["value"] - other[seed]["value"] for seed in seeds]
-    if len(values) > 1:
-        return interval(values)
-    a, b = one[seeds[0]], other[seeds[0]]
-    down = math.hypot(a["value"] - a["low"], b["high"] - b["value"])
-    up = math.hypot(a["high"] - a["value"], b["value"] - b["low"])
-    return values[0], values[0] - down, values[0] + up
-
-
-def score_table(
-    arms: list[Arm], scores: dict[str, dict[int, dict]], shares: dict[str, list[dict]], papers: dict[str, float | None]
-) -> list[str]:
-    """A row an arm: the overall scores by label and seed, and the shares of each task or kind, mean of seeds."""
-    kinds = list(shares[arms[0].label][0])
-    columns = ["", "paper", "overall, mean of seeds", "by seed, with the interval of its pictures", *kinds]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for arm in arms:
-        means = scores[arm.label].values()
-        value, low, high = interval([mean["value"] for mean in means])
-        spread = f" [{low:.3f}, {high:.3f}]" if len(means) > 1 else ""
-        seeds = "; ".join("{value:.3f} [{low:.3f}, {high:.3f}]".format(**mean) for mean in means)
-        by_kind = [statistics.fmean(of[kind]["accuracy"] for of in shares[arm.label]) for kind in kinds]
-        paper = papers.get(arm.label)
-        cells = ["" if paper is None else f"{paper:.2f}", f"{value:.3f}{spread}", seeds]
-        lines.append(f"| {' | '.join([arm.label, *cells, *(f'{share:.2f}' for share in by_kind)])} |")
-    return [*lines, ""]
-
-
-def object_table(plan: list[BenchmarkPicture], objects: dict[str, list[dict[str, float]]]) -> list[str]:
-    """How many objects are asked for in a picture, and by arm how many are found: GenEval's rules let others stand beside them."""
-    asked: dict[str, list[int]] = {task: [] for task in TASKS}
-    for item in plan:
-        asked[item.metadata["tag"]].append(sum(part["count"] for part in item.metadata["include"]))
-    rows = {"asked for": [{task: statistics.fmean(numbers) for task, numbers in asked.items()}], **objects}
-    lines = [f"| {' | '.join(['objects a picture', *TASKS])} |", "|---" * (1 + len(TASKS)) + "|"]
-    for label, seeds in rows.items():
-        means = [f"{statistics.fmean(of[task] for of in seeds):.2f}" for task in TASKS]
-        lines.append(f"| {' | '.join([label, *means])} |")
-    return [*lines, ""]
-
-
-def mean_loss(seeds: list[list[float]]) -> str:
-    """Mean and 95 % interval: of the means of seeds, or of the pairs of a single one."""
-    value, low, high = interval(seeds[0] if len(seeds) == 1 else [statistics.fmean(losses) for losses in seeds])
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def loss_table(study: Study, losses: dict[str, dict[int, dict[str, list[float]]]]) -> list[str]:
-    """A row an arm: its loss on new pairs, what a wrong caption adds, and the difference to what it is compared with, pair by pair."""
-
-    def minus(one: list[float], other: list[float]) -> list[float]:
-        return [a - b for a, b in zip(one, other, strict=True)]
-
-    lines = ["| loss on new pairs | under their captions | more under another's | seeds |", "|---|---|---|---|"]
-    for label, seeds in losses.items():
-        own = statistics.fmean(statistics.fmean(of["own"]) for of in seeds.values())
-        more = mean_loss([minus(of["another"], of["own"]) for of in seeds.values()])
-        lines.append(f"| {label} | {own:.4f} | {more} | {len(seeds)} |")
-    for one, other in study.comparisons:
-        if seeds := sorted(losses.get(one, {}).keys() & losses.get(other, {}).keys()):
-            less = mean_loss([minus(losses[one][seed]["own"], losses[other][seed]["own"]) for seed in seeds])
-            lines.append(f"| {one} against {other} | {less} | | {len(seeds)} |")
-    return [*lines, ""]
-
-
-def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: dict[str, float | None]) -> list[str]:
-    """A row a comparison that has seeds, and what its interval tells."""
-    lines = ["| difference | paper | here, same seeds | seeds | |", "|---|---|---|---|---|"]
-    for one, other in study.comparisons:
-        seeds = scores.get(one, {}).keys() & scores.get(other, {}).keys()
-        if not seeds:
-            continue
-        value, low, high = difference(scores[one], scores[other])
-        verdict = "above 0" if low > 0 else "below 0" if high < 0 else "not told apart"
-        if len(seeds) == 1:
-            verdict += ", by the pictures of one training each"
-        a, b = papers.get(one), papers.get(other)
-        paper = "" if a is None or b is None else f"{a - b:+.2f}"
-        cells = [f"{one} against {other}", paper, f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", str(len(seeds)), verdict]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
 def command(config: CompareConfig, study: str) -> str:
     """That makes this study again."""
     chosen = [f"--studies {study}"]
@@ -518,44 +393,27 @@ def write_report(config: CompareConfig, name: str):
                 names = [f"{path.stem.split('-')[0]} {seed % config.pretrain_seeds}", path.stem]
                 took |= {name: run["hours"] for name, run in zip(names, report["trainings"], strict=False)}
                 took |= {f"{path.stem}, its score": report["hours"]}
-    arms = [arm for arm in study.arms if arm.label in reports]
-    folder = Path(config.results_dir, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = {label: {seed: report["overall"] for seed, report in of.items()} for label, of in reports.items()}
-    tasks = {label: [report["tasks"] for report in of.values()] for label, of in reports.items()}
-    objects = {label: [report["objects"] for report in of.values()] for label, of in reports.items()}
-    losses = {label: {seed: report["held_out_pairs"] for seed, report in of.items()} for label, of in reports.items()}
-    edits = {label: {seed: report["edits"]["overall"] for seed, report in of.items()} for label, of in reports.items()}
-    kinds = {label: [report["edits"]["correct"] for report in of.values()] for label, of in reports.items()}
+
     everything = [report for of in reports.values() for report in of.values()]
     said = [report["captions_as_before_training"] for report in everything]
-    commits = {run["commit"] for report in everything for run in report["trainings"]}
-    papers = {arm.label: arm.paper for arm in arms}
-    lines = [
-        study.question + ".",
-        "",
-        *score_table(arms, scores, tasks, {} if study.edits else papers),
-        *difference_table(study, scores, {} if study.edits else papers),
-        *object_table(benchmark_plan(pictures_per_task=config.pictures_per_task), objects),
-        *loss_table(study, losses),
-        "Edits that no training showed, change made and rest kept:",
-        "",
-        *score_table(arms, edits, kinds, papers if study.edits else {}),
-        *difference_table(study, edits, papers if study.edits else {}),
+    commits = {(run["commit"] or "unknown")[:7] for report in everything for run in report["trainings"]}
+    devices = sorted({report["device"] for report in everything})
+    asked: dict[str, list[int]] = {task: [] for task in TASKS}
+    for item in benchmark_plan(pictures_per_task=config.pictures_per_task):
+        asked[item.metadata["tag"]].append(sum(part["count"] for part in item.metadata["include"]))
+    closing = [
         f"Captions of pictures as before training: {sum(of['same'] for of in said)} of {sum(of['of'] for of in said)}."
         f" {6 * config.pictures_per_task} pictures, {config.held_out_pairs} new pairs and {3 * config.edits_per_kind}"
-        f" edits a score,"
-        f" {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds that are equal modulo"
-        f" {config.pretrain_seeds} share a pre-training. {sum(took.values()):.1f} hours by the clock, what arms share counted"
-        f" once, on {' and '.join(sorted({report['device'] for report in everything}))}. Commits of the trainings:"
-        f" {', '.join(sorted((commit or 'unknown')[:7] for commit in commits))}.",
+        f" edits a score, {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds that are"
+        f" equal modulo {config.pretrain_seeds} share a pre-training. {sum(took.values()):.1f} hours by the clock, what"
+        f" arms share counted once, on {' and '.join(devices)}. Commits of the trainings: {', '.join(sorted(commits))}.",
         "",
         f"```bash\n{command(config, name)}\n```",
     ]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    folder = Path(config.results_dir, name)
+    means = {task: statistics.fmean(numbers) for task, numbers in asked.items()}
+    write_study(study, reports, means, closing, folder)
 
-    plotted = edits if study.edits else scores
-    plot_scores(study, [(arm, list(plotted[arm.label].values())) for arm in arms], folder / "scores.png")
     rows = {}
     for label, path in strips.items():
         strip = Image.open(path)
@@ -564,39 +422,6 @@ def write_report(config: CompareConfig, name: str):
             strip.crop((column * width, 0, (column + 1) * width, strip.height)) for column in range(len(PROMPTS))
         ]
     draw_sheet(rows, PROMPTS, folder / "sheet.png")
-
-
-def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], path: Path):
-    """Curves over `x`, or bars where there is no curve yet; a dot a seed, with the interval of its pictures."""
-
-    def dots(x: float, seeds: list[dict[str, float]]):
-        values = [seed["value"] for seed in seeds]
-        ends = [[seed["value"] - seed["low"] for seed in seeds], [seed["high"] - seed["value"] for seed in seeds]]
-        axis.errorbar([x] * len(seeds), values, ends, fmt="o", color="black", markersize=3, capsize=3, zorder=2)
-
-    def mean(seeds: list[dict[str, float]]) -> float:
-        return statistics.fmean(seed["value"] for seed in seeds)
-
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    if study.x_label is None or len({arm.x for arm, _ in scored}) == 1:
-        for position, (_, seeds) in enumerate(scored):
-            axis.bar(position, mean(seeds), color="tab:blue")
-            dots(position, seeds)
-        axis.set_xticks(range(len(scored)), [arm.label for arm, _ in scored], rotation=20)
-    else:
-        for series in dict.fromkeys(arm.series for arm, _ in scored):
-            points = [(arm.x, seeds) for arm, seeds in scored if arm.series == series]
-            axis.plot([x for x, _ in points], [mean(seeds) for _, seeds in points], label=series)
-            for x, seeds in points:
-                dots(x, seeds)
-        if len({arm.series for arm, _ in scored}) > 1:
-            axis.legend()
-        if max(arm.x for arm, _ in scored) > 1:
-            axis.set_xscale("log")
-        axis.set_xlabel(study.x_label)
-    axis.set(ylabel="share of edits that are right" if study.edits else "overall score")
-    axis.grid(alpha=0.3, axis="y")
-    save(figure, path)
 
 
 def main(config: CompareConfig):

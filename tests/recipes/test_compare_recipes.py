@@ -114,38 +114,6 @@ def write_scores(module, config, study: str, values: dict[str, list[float]]):
             module.Image.new("RGB", (64 * len(module.PROMPTS), 64)).save(path.with_suffix(".png"))
 
 
-def test_differences_are_told_apart_by_seeds_alone(module, config, tmp_path):
-    values = {
-        "image > mix": [0.60, 0.62, 0.61],
-        "image > pair": [0.40, 0.43, 0.41],
-        "pair > mix": [0.50, 0.70, 0.60],
-    }
-    write_scores(module, config, "six_recipes", values)
-    module.write_report(replace(config, seeds=None), "six_recipes")
-    table = (tmp_path / "results/six_recipes/table.md").read_text()
-    assert "| image > mix against image > pair | +0.02 | +0.197 [+0.182, +0.211] | 3 | above 0 |" in table
-    assert "| asked for | 1.00 | 2.00 | " in table and "| image > mix | 6.10 | 6.10 | " in table
-    # New pairs: of several seeds their means count.
-    assert "| image > pair | 0.4633 | +0.2500 [+0.2500, +0.2500] | 3 |" in table
-    assert "| image > mix against image > pair | +0.1967 [+0.1823, +0.2110] | | 3 |" in table
-    line = next(line for line in table.splitlines() if line.startswith("| image > mix against pair > mix"))
-    assert line.endswith("not told apart |")
-
-
-def test_a_curve_a_series_over_the_number_of_pairs(module, config, tmp_path):
-    arms = module.STUDIES["pairs"].arms
-    write_scores(module, config, "pairs", {arm.label: [0.1 * i] for i, arm in enumerate(arms)})
-    module.write_report(config, "pairs")
-    table = (tmp_path / "results/pairs/table.md").read_text()
-    assert (
-        "| pictures first, 4000 against pairs alone, 4000 |  | -0.400 [-0.428, -0.372] | 1 | below 0, by the pictures"
-        in table
-    )
-    # Of one seed the pairs count, one by one: they differ from arm to arm by the same 0.4 each.
-    assert "| pictures first, 4000 against pairs alone, 4000 | -0.4000 [-0.4000, -0.4000] | | 1 |" in table
-    assert (tmp_path / "results/pairs/scores.png").stat().st_size > 5_000
-
-
 def test_what_another_process_is_at_is_left_to_it(module, config, monkeypatch):
     """The first arm is being trained: the others are done first, and it is only read once the other has scored it."""
     arms = module.STUDIES["adapter"].arms
