@@ -105,14 +105,17 @@ def test_bf16_autocast_trains(module, samples, collate):
     assert {gradient.dtype for gradient in gradients(module, loss).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointed"])
 @pytest.mark.parametrize("what", ["blocks", "whole"])
-def test_a_compiled_generator_gives_the_same_gradients(flux, samples, collate, what):
+def test_a_compiled_generator_gives_the_same_gradients(flux, samples, collate, what, checkpointed):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     module = make_module(preset=flux)
     batch = collate(samples)
     plain = gradients(module, module(batch)[0]["loss"])
     compiled = IOMMTrainingModule(module.encoder, module.transformer, module.vae, mask_ratio=0.5, compile=what).train()
+    if checkpointed:
+        compiled.transformer.enable_gradient_checkpointing()
     fused = gradients(compiled, compiled(batch)[0]["loss"])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert plain.keys() == fused.keys()
