@@ -230,10 +230,10 @@ def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: d
 def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], path: Path):
     """Curves over `x`, or bars where there is no curve yet; a dot a seed, with the interval of its pictures."""
 
-    def dots(x: float, seeds: list[dict[str, float]]):
+    def dots(x: float, seeds: list[dict[str, float]], color: str = "black"):
         values = [seed["value"] for seed in seeds]
         ends = [[seed["value"] - seed["low"] for seed in seeds], [seed["high"] - seed["value"] for seed in seeds]]
-        axis.errorbar([x] * len(seeds), values, ends, fmt="o", color="black", markersize=3, capsize=3, zorder=2)
+        axis.errorbar([x] * len(seeds), values, ends, fmt="o", color=color, markersize=3, capsize=3, zorder=2)
 
     def mean(seeds: list[dict[str, float]]) -> float:
         return statistics.fmean(seed["value"] for seed in seeds)
@@ -245,11 +245,11 @@ def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], 
             dots(position, seeds)
         axis.set_xticks(range(len(scored)), [arm.label for arm, _ in scored], rotation=20)
     else:
-        for series in dict.fromkeys(arm.series for arm, _ in scored):
+        for number, series in enumerate(dict.fromkeys(arm.series for arm, _ in scored)):
             points = [(arm.x, seeds) for arm, seeds in scored if arm.series == series]
-            axis.plot([x for x, _ in points], [mean(seeds) for _, seeds in points], label=series)
+            axis.plot([x for x, _ in points], [mean(seeds) for _, seeds in points], f"C{number}", label=series)
             for x, seeds in points:
-                dots(x, seeds)
+                dots(x, seeds, f"C{number}")
         if len({arm.series for arm, _ in scored}) > 1:
             axis.legend()
         if max(arm.x for arm, _ in scored) > 1:
