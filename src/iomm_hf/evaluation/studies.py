@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from scipy.stats import t as student
 
 from ..data.shapes import TASKS
+from ..files import write_whole
 from .figures import save
 
 
@@ -123,7 +124,7 @@ def write_study(
         *closing,
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    write_whole(folder / "table.md", ("\n".join(lines) + "\n").encode())
     plotted = edits if study.edits else scores
     plot_scores(study, [(arm, list(plotted[arm.label].values())) for arm in arms], folder / "scores.png")
 
@@ -254,6 +255,9 @@ def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], 
             axis.legend()
         if max(arm.x for arm, _ in scored) > 1:
             axis.set_xscale("log")
+        measured = sorted({arm.x for arm, _ in scored})
+        axis.set_xticks(measured, [f"{x:,g}" for x in measured])
+        axis.minorticks_off()
         axis.set_xlabel(study.x_label)
     axis.set(ylabel="share of edits that are right" if study.edits else "overall score")
     axis.grid(alpha=0.3, axis="y")
