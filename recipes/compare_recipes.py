@@ -98,7 +98,7 @@ STUDIES = {
             ),
             Arm("+ adapter", SCREENING | {"mask_ratio": 0.0}, BOTH | {"mask_ratio": 0.0}, 0.82),
             Arm("+ masking", SCREENING, BOTH, 0.88),
-            Arm("queries alone", SCREENING | {"condition_tokens": "queries", "num_queries": 4}, BOTH),  # the preset's 4
+            Arm("queries alone", SCREENING | QUERIES | {"num_queries": 4}, BOTH),  # as many as the preset's
         ],
         [("+ adapter", "raw MLLM"), ("+ masking", "+ adapter"), ("+ masking", "queries alone")],
     ),
