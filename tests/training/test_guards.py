@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType, debug_launcher
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
 from iomm_hf.training import PretrainConfig, loop, train
@@ -19,7 +17,6 @@ from iomm_hf.training.guards import (
     SpikeGuard,
     StopSignals,
     check_strategy,
-    hold_folder,
     take_over_fsdp,
     warn_of_short_notice,
 )
@@ -194,62 +191,6 @@ def test_a_launcher_inside_of_slurm_joins_its_tasks(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_strategy(Accelerator(cpu=True))
-
-
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from accelerate import Accelerator
-from iomm_hf.training.guards import hold_folder
-
-with hold_folder(Path(sys.argv[1]), Accelerator(cpu=True)):
-    if os.fork():  # the child is a loader's worker that outlives the run
-        print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(settings):
-    run = Path(settings["output_dir"])
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
-        (run / ".writing-checkpoint-00000002").mkdir()
-        with pytest.raises(RuntimeError, match=f"Another run is at work in {run}.*choose another output_dir"):
-            train(PretrainConfig(**settings))
-        assert (run / ".writing-checkpoint-00000002").is_dir()  # it is the other's
-        holder.kill()
-        holder.wait()
-        with hold_folder(run, Accelerator(cpu=True)):
-            pass
-    finally:
-        os.killpg(holder.pid, signal.SIGKILL)
-        holder.communicate()
-
-
-def enter_from_own_folder(home: Path, shared: bool):
-    accelerator = Accelerator(cpu=True)
-    os.chdir(home / str(accelerator.process_index))
-    if shared:
-        with hold_folder(home / "run", accelerator):
-            pass
-        return
-    with (
-        pytest.raises(RuntimeError, match=r"must be shared by all machines.*wrote in run, ranks \[1\] do not see"),
-        hold_folder(Path("run"), accelerator),
-    ):
-        pass
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("shared", [True, False])
-def test_ranks_that_see_different_folders_are_refused(tmp_path, shared):
-    for rank in ("0", "1"):
-        (tmp_path / rank).mkdir()
-    debug_launcher(enter_from_own_folder, (tmp_path, shared), num_processes=2)
-    assert {path.name for path in (tmp_path / ("." if shared else "0") / "run").iterdir()} == {".lock"}
 
 
 def test_another_global_batch_than_asked_for_is_refused(settings):

@@ -1,5 +1,5 @@
-"""What stops a run, or does not: another strategy than the one asked for, another run in its folder, updates that are not
-finite, losses that leap, signals.
+"""What stops a run, or does not: another strategy than the one asked for, updates that are not finite, losses that leap,
+signals.
 
 Ranks decide alike. The gradient's norm and the logged loss are those of all ranks anyway, so the first two cost nothing;
 a signal may reach one rank alone, so they ask each other after every step.
@@ -13,19 +13,14 @@ import signal
 import statistics
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
-from filelock import FileLock, Timeout
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
-from ..files import TEMPORARY
 from .config import TrainingConfig
 
 
@@ -110,60 +105,6 @@ def check_global_batch(config: TrainingConfig, num_processes: int):
             f" gradient_accumulation {config.gradient_accumulation} are {batch}. Launch another number of processes, or change"
             " one of the three."
         )
-
-
-@contextmanager
-def hold_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    r"""
-    Inside, no other run may enter the folder, which is made where there is none, and every rank sees the same one. The lock
-    goes with the process that holds it, however that ends. Every rank must enter.
-
-    Args:
-        folder (`Path`): A run's `output_dir`.
-        accelerator (`Accelerator`): Its ranks.
-
-    Raises:
-        `RuntimeError`: another run is at work in it, or ranks on other machines see another folder.
-
-    Example:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from accelerate import Accelerator
-    >>> from iomm_hf.training.guards import hold_folder
-    >>> with hold_folder(Path(tempfile.mkdtemp()), Accelerator(cpu=True)):
-    ...     print("mine")
-    mine
-    ```
-    """
-    lock = FileLock(folder / ".lock")
-    token, problem = f"{TEMPORARY}{uuid4().hex}", None
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-            (folder / token).touch()
-        except Timeout:
-            problem = (
-                f"Another run is at work in {folder.resolve()}. Wait for it or stop it (a killed launcher can leave its"
-                " processes behind: look for them), or choose another output_dir."
-            )
-    try:
-        token, problem = broadcast_object_list([token, problem])
-        if problem is not None:
-            raise RuntimeError(problem)
-        blind = [rank for rank, sees in enumerate(gather_object([(folder / token).exists()])) if not sees]
-        if accelerator.is_main_process:
-            (folder / token).unlink()
-        if blind:
-            raise RuntimeError(
-                f"output_dir must be shared by all machines: what the first rank wrote in {folder}, ranks {blind} do not see"
-                " there. Give the whole path of a folder that every machine mounts."
-            )
-        yield
-    finally:
-        lock.release()
 
 
 class StopSignals:

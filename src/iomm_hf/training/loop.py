@@ -4,7 +4,6 @@
 started again by the same command ends with the same weights, averages, optimizer and data order as one never killed.
 """
 
-import io
 import json
 import logging
 import math
@@ -16,30 +15,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
     gather_object,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
 from ..data.buckets import BucketedStream, bucket_sizes
-from ..data.collate import IOMMCollator, sample_seed
-from ..data.sources import SourceConfig, hub_commits, pinned
+from ..data.collate import IOMMCollator
+from ..data.sources import pinned
 from ..data.streams import build_stream
-from ..evaluation.drawing import draw_plan
-from ..evaluation.shapes import benchmark_plan, score_pictures
-from ..files import write_json, write_whole
 from ..pipeline_iomm import IOMMPipeline
 from ..presets import get_preset
 from ..software import software
@@ -48,22 +41,19 @@ from .checkpoints import (
     checkpoint_name,
     ema_weights,
     keep_models_out,
-    list_checkpoints,
     load_checkpoint,
-    remove_leftovers,
     rotate,
     save_checkpoint,
     save_pipeline,
     whole_folder,
 )
-from .config import LoraTrainingConfig, TrainingConfig, changed_settings
+from .config import LoraTrainingConfig, TrainingConfig
 from .guards import (
     NonFiniteGuard,
     SpikeGuard,
     StopSignals,
     check_global_batch,
     check_strategy,
-    hold_folder,
     leave_signals_to_main,
     take_over_fsdp,
     warn_of_short_notice,
@@ -72,8 +62,10 @@ from .lora import add_lora, hash_weights, lora_card, reload_base
 from .metrics import flops_per_sample, losses_by_group, mean_losses_by_group
 from .module import IOMMTrainingModule, local_part
 from .optimizers import AveragedWeights, build_optimizers, clip_gradients
+from .run_folder import data_commits, hold_folder, keep_log_until, logged_losses, note_resumption, note_start, open_run
 from .setup import build_alignment, build_pipeline, check_caches, frozen_on_hub, frozen_references
 from .sharding import build_once, gathered, place
+from .validation import draw_validation, evaluate
 
 
 logger = logging.getLogger(__name__)
@@ -131,16 +123,8 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     if checkpoint is None:
         pipeline = build_once(lambda: build_pipeline(config), accelerator)
         if accelerator.is_main_process:
-            start = {
-                **running,
-                "config": config.to_dict(),
-                "frozen": frozen_references(pipeline),
-                "data": commits,
-                "resumed": [],
-            }
-            if isinstance(config, LoraTrainingConfig):
-                start["base_hash"] = hash_weights(pipeline)
-            write_json(record, start)
+            base_hash = hash_weights(pipeline) if isinstance(config, LoraTrainingConfig) else None
+            note_start(record, config, frozen_references(pipeline), commits, running, base_hash)
     elif isinstance(config, LoraTrainingConfig):
         pipeline = build_once(lambda: reload_base(config, record), accelerator)
     else:
@@ -411,98 +395,11 @@ def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> d
     return {name: mean.item() for name, mean in accelerator.reduce(means, "mean").items()}
 
 
-def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """Tidies the run's folder; returns the checkpoint to resume from, which the first rank finds for all.
-
-    Raises:
-        `ValueError`: the folder holds a run with other settings, or one that may not be resumed.
-    """
-    name: str | None = None
-    if accelerator.is_main_process:
-        remove_leftovers(output_dir)
-        name = max((path.name for path in list_checkpoints(output_dir)), default=None)
-    [name] = broadcast_object_list([name])
-    if name is None:
-        return None
-    newest = output_dir / name
-    if not config.resume:
-        raise ValueError(f"{output_dir} holds {newest.name}; resume it (--resume true) or choose another output_dir.")
-    saved = json.loads((newest / "state" / "trainer.json").read_text())["config"]
-    changes = changed_settings(saved, json.loads(json.dumps(config.to_dict())))
-    if changes:
-        raise ValueError(
-            f"{newest} was written with other settings, so it cannot be resumed exactly:\n  "
-            + "\n  ".join(changes)
-            + f"\nUse the same settings, or start a new output_dir with --init_from {newest}."
-        )
-    return newest
-
-
-def data_commits(sources: list[SourceConfig], record: Path | None, accelerator: Accelerator) -> dict[str, str]:
-    """The commits at which the run reads data on the Hub: those that its record names, otherwise where it stands now."""
-    commits: dict[str, str] | None = None
-    if accelerator.is_main_process:
-        if record is not None and record.exists():
-            commits = json.loads(record.read_text()).get("data")
-        if commits is None:
-            commits = hub_commits(sources)
-    [commits] = broadcast_object_list([commits])
-    return commits
-
-
-def note_resumption(
-    record: Path, step: int, config: TrainingConfig, before: dict[str, Any] | None, now: dict[str, Any]
-):
-    """Adds a part to the run's record, whose settings are those in force from here on, and warns if it does not run on what
-    wrote the checkpoint."""
-    content = json.loads(record.read_text()) if record.exists() else {}
-    settings, earlier = json.loads(json.dumps(config.to_dict())), content.get("config", {})
-    settings_before = {name: earlier.get(name) for name in settings if earlier.get(name) != settings[name]}
-    content.setdefault("resumed", []).append({"step": step, "settings_before": settings_before, **now})
-    write_json(record, content | {"config": settings})
-    if before is None:  # an earlier version kept no account of it
-        return
-    old, new = (
-        {**part["versions"], "commit": part["commit"], "modified": part.get("modified", False)}
-        for part in (before, now)
-    )
-    changes = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
-    if changes:
-        logger.warning(
-            "Resuming on other software than wrote the checkpoint: %s. The run may not end bit for bit where an unbroken"
-            " one ends.",
-            ", ".join(changes),
-        )
-
-
 def caption_room(pipeline: IOMMPipeline) -> int:
     """Tokens that a caption may take beside its wording and the queries."""
     wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
     encoder_config = pipeline.text_encoder.config
     return encoder_config.get_text_config().max_position_embeddings - encoder_config.num_queries - wording
-
-
-def keep_log_until(path: Path, step: int):
-    """Drops the log's lines behind `step`, which a resumed run writes again, and a last line that a full disk cut short."""
-    if not path.exists():
-        return
-    lines, kept = path.read_text().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-            break
-        if row["step"] <= step:
-            kept.append(line)
-    write_whole(path, "".join(line + "\n" for line in kept).encode())
-
-
-def logged_losses(path: Path) -> list[float]:
-    """Of the log's rows so far, on every rank."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def total(counts: Counter) -> Counter:
@@ -524,81 +421,3 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as trackers take them: numbers and strings."""
     return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in settings.items()}
-
-
-@torch.no_grad()
-def draw_validation(
-    config: TrainingConfig,
-    pipeline: IOMMPipeline,
-    accelerator: Accelerator,
-    output_dir: Path,
-    step: int,
-    resolution: int,
-):
-    """Draws the validation prompts, each from its own fixed noise, into `samples/` and the trackers. Every rank draws them,
-    since sharded weights are gathered by all."""
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.text_encoder.eval()
-    pipeline.transformer.eval()
-    prompts = config.validation_prompts
-    with accelerator.autocast():  # a bf16 run holds the MLLM in bf16, the rest in float32
-        images = pipeline(  # type: ignore[union-attr]  # return_dict is on
-            prompts,
-            height=resolution,
-            width=resolution,
-            num_inference_steps=config.validation_steps,
-            guidance_scale=config.validation_guidance,
-            generator=[torch.Generator().manual_seed(sample_seed(config.seed, prompt, 0)) for prompt in prompts],
-        ).images
-    if not accelerator.is_main_process:
-        return
-    columns = min(len(images), 8)
-    images += [images[0].copy().point(lambda _: 255)] * (-len(images) % columns)  # white in the last row's gaps
-    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    png = io.BytesIO()
-    grid.save(png, format="PNG")
-    write_whole(output_dir / "samples" / f"step-{step:08d}.png", png.getvalue())
-    for tracker in accelerator.trackers:
-        if tracker.name == "trackio":  # Accelerate's wrapper of it takes no pictures
-            import trackio
-
-            tracker.log({"validation": trackio.Image(grid)}, step=step)
-        elif hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
-
-
-@torch.no_grad()
-def evaluate(
-    config: TrainingConfig,
-    pipeline: IOMMPipeline,
-    module: IOMMTrainingModule,
-    accelerator: Accelerator,
-    output_dir: Path,
-    step: int,
-):
-    """Scores the first pictures of the shapes benchmark into `evals.jsonl` and the trackers; a record goes to `best/`.
-    Every rank draws them, as for validation."""
-    best = output_dir / "best"
-    score = best / "score.json"
-    record = json.loads(score.read_text())["overall"] if score.is_file() else -1.0  # an older version could halve it
-    row: dict[str, Any] = {}
-    plan = benchmark_plan(pictures_per_task=config.eval_pictures)
-    pipeline.text_encoder.eval()
-    pipeline.transformer.eval()
-    with accelerator.autocast():
-        images = draw_plan(pipeline, plan, config.validation_steps, config.validation_guidance)
-    if accelerator.is_main_process:
-        report = score_pictures(images, [picture.metadata for picture in plan])
-        overall = report.overall.value  # type: ignore[union-attr]  # the plan holds all six tasks
-        row = {"step": step, "overall": overall, **{task: share.accuracy for task, share in report.tasks.items()}}
-        keep_log_until(output_dir / "evals.jsonl", step - 1)
-        with (output_dir / "evals.jsonl").open("a") as log:
-            log.write(json.dumps(row | {"pictures": len(plan)}) + "\n")
-    (row,) = broadcast_object_list([row])
-    accelerator.log({f"shapes/{name}": value for name, value in row.items() if name != "step"}, step=step)
-    if row["overall"] > record:
-        with whole_folder(best, accelerator) as folder:
-            save_pipeline(folder, accelerator, pipeline, module, include_frozen=False)
-            if accelerator.is_main_process:
-                write_json(folder / "score.json", row)
