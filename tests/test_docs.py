@@ -1,7 +1,7 @@
 """The documentation builds without a warning, and what it tells its reader to do works.
 
 Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
-through the recipe's own settings, the blocks of the first pages run, and each quoted error message occurs in the source. Slow: a
+through the recipe's own settings, the blocks of the first pages and of the README run, and each quoted error message occurs in the source. Slow: a
 reader goes through the guides from top to bottom, block after block in one folder, against a Hub and a judge on this machine; and
 the figure is drawn again. Three comments steer that, each about the block below it:
 
@@ -86,8 +86,11 @@ def blocks(page: str, *languages: str) -> list[Block]:
     return found
 
 
+README = "../README"
 PAGES = sorted(str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md"))
-BASH = [pytest.param(block, id=f"{page}-{i}") for page in PAGES for i, block in enumerate(blocks(page, "bash"))]
+BASH = [
+    pytest.param(block, id=f"{page}-{i}") for page in [*PAGES, README] for i, block in enumerate(blocks(page, "bash"))
+]
 
 
 def test_pages_build_without_a_warning(tmp_path):
@@ -164,7 +167,7 @@ def test_links_lead_to_files_that_exist_and_to_known_hosts(path):
 def desk(tmp_path, monkeypatch):
     """A folder as the repository's is to a reader, with the YAML files that the pages show."""
     lay_out(tmp_path)
-    for page in GUIDES:
+    for page in [README, *GUIDES]:
         for block in blocks(page, "yaml"):
             write_yaml(block, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -189,6 +192,11 @@ def check_recipe(words: list[str]):
     TrlParser(list(hints.values())).parse_args_and_config(flags)
 
 
+def check_command_line(words: list[str]):
+    commands = typing.cast(typing.Any, typer.main.get_command(app)).commands
+    commands[words[0]].make_context(words[0], words[1:])
+
+
 def check_command(words: list[str]):
     """Whether the program that it calls understands it."""
     program, *rest = words
@@ -196,11 +204,15 @@ def check_command(words: list[str]):
         assert rest[0] == "launch"
         parsed = launch_command_parser().parse_args(rest[1:])
         assert parsed.config_file is None or Path(parsed.config_file).is_file()
-        check_recipe([parsed.training_script, *parsed.training_script_args])
+        if parsed.module:
+            assert parsed.training_script == "iomm_hf"
+            check_command_line(parsed.training_script_args)
+        else:
+            check_recipe([parsed.training_script, *parsed.training_script_args])
     elif program == "python":
         check_recipe(rest)
     elif program == "iomm-hf":
-        typing.cast(typing.Any, typer.main.get_command(app)).commands[rest[0]].make_context(rest[0], rest[1:])
+        check_command_line(rest)
     elif program == "make":
         subprocess.run(["make", "--dry-run", *rest], check=True, capture_output=True)
     elif program == "pip":
@@ -254,6 +266,20 @@ def test_blocks_of_the_first_pages_run(page, tmp_path, monkeypatch):
         assert (picture[..., 0] - picture[..., 1:].mean(-1)).max() > 30  # a red circle was asked for
     else:
         assert np.asarray(namespace["picture"]).std() > 5  # something was drawn
+
+
+def test_python_of_the_readme_runs_from_block_to_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    checked = 0
+    for block in blocks(README, "python"):
+        code = compile(block.code, "README.md", "exec")
+        if block.only_checked:
+            checked += 1
+        else:
+            exec(code, namespace)
+    assert checked == 3 and type(namespace["pipe"].scheduler).__name__ == "UniPCMultistepScheduler"
+    assert np.asarray(namespace["variation"]).std() > 5  # something was drawn
 
 
 @pytest.mark.slow
