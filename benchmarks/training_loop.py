@@ -4,13 +4,12 @@ stock transformer alone on conditions computed before.
     python benchmarks/training_loop.py
 
 What the loop adds to the modules is reading and collating samples, clipping, averaging of the weights, guards, logs and Accelerate; to the
-transformer alone also the condition path, which is computation and no overhead. Latents and vision tokens are cached. A round's bare steps
-are timed before and after the loop's, so that a machine that drifts falls on both; of the loop's own log the first row does not count.
+transformer alone also the condition path, which is computation and no overhead. Latents and vision tokens are cached. Between two steps of
+the loop, in its own process, each bare step is timed once, so that a machine that drifts falls on all three.
 Clipping and averaging cost by the weight and not by the sample, so overhead falls with image tokens a step: 4,096 here, 1,024 with
 `--resolution 64`, and 16,384 or more in a step of `base` on one GPU.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 from models import flux_preset
-from timing import record
+from timing import record, seconds
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
@@ -34,7 +33,7 @@ from iomm_hf.flow_matching import flow_matching_loss, interpolate, velocity_targ
 from iomm_hf.generators import predict_velocity
 from iomm_hf.pipeline_iomm import draw_latents
 from iomm_hf.tiny import tiny_pipeline
-from iomm_hf.training import IOMMTrainingModule, PretrainConfig, train
+from iomm_hf.training import IOMMTrainingModule, PretrainConfig, loop, train
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -46,22 +45,12 @@ class TrainingLoopConfig:
     layers: int = field(default=2, metadata={"help": "Double blocks; twice as many single ones."})
     batch_size: int = field(default=16, metadata={"help": "Samples a step."})
     resolution: int = field(default=128, metadata={"help": "Side of the pictures, px; a token is 8 x 8."})
-    steps: int = field(default=10, metadata={"help": "Timed steps of a round."})
-    rounds: int = field(default=5, metadata={"help": "Rounds of both."})
+    rounds: int = field(default=20, metadata={"help": "Timed steps of each, after two that do not count."})
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of training_loop.json."})
 
 
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds a step, after one that does not count."""
-    step()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - started) / steps
-
-
-def bare_steps(config: TrainingLoopConfig, folder: Path) -> tuple[float, float]:
-    """Seconds a step of the modules, and of the transformer alone."""
+def bare_steps(config: TrainingLoopConfig, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of the modules, and of the transformer alone."""
     pipe = IOMMPipeline.from_pretrained(folder / "start")
     samples = iter(build_stream([SourceConfig(str(folder / "cached"))]))
     batch = IOMMCollator(pipe.processor, config.resolution)([next(samples) for _ in range(config.batch_size)])
@@ -73,7 +62,6 @@ def bare_steps(config: TrainingLoopConfig, folder: Path) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    modules = timed(step, config.steps)
     with torch.no_grad():
         encoded = module.encoder(batch["input_ids"], batch["attention_mask"], image_features=batch["image_features"])
     latents = draw_latents(pipe.vae, module.posterior(batch))
@@ -87,27 +75,47 @@ def bare_steps(config: TrainingLoopConfig, folder: Path) -> tuple[float, float]:
         alone.step()
         alone.zero_grad()
 
-    return modules, timed(step_alone, config.steps)
+    return step, step_alone
 
 
-def loop_steps(config: TrainingLoopConfig, folder: Path, run: str) -> float:
-    """Seconds a step, from the second row of its log."""
+def time_in_turn(config: TrainingLoopConfig, folder: Path) -> list[tuple[float, float, float]]:
+    """Seconds of each step of a run, of the modules' and of the transformer's after it."""
+    step, step_alone = bare_steps(config, folder)
+    step(), step_alone()
+    times: list[tuple[float, float, float]] = []
+    update, began = loop.update, None
+
+    def update_between(*arguments):
+        """The loop's own, before which the bare steps run; a step lasts until the next begins."""
+        nonlocal began
+        if began is not None:
+            took = time.perf_counter() - began
+            times.append((took, seconds(step), seconds(step_alone)))
+        began = time.perf_counter()
+        return update(*arguments)
+
+    loop.update = update_between
     train(
         PretrainConfig(
-            output_dir=str(folder / run),
+            output_dir=str(folder / "run"),
             init_from=str(folder / "start"),
             images=[str(folder / "cached")],
             batch_size=config.batch_size,
             resolution=config.resolution,
-            max_steps=2 * config.steps,
-            log_every=config.steps,
+            max_steps=config.rounds + 3,
+            log_every=5,
             num_workers=0,
             validate_every=0,
             mask_ratio=0.5,
         )
     )
-    row = json.loads((folder / run / "log.jsonl").read_text().splitlines()[1])
-    return config.batch_size / row["images_per_second"]
+    return times[2:]
+
+
+def quartiles(ratios: list[float]) -> list[float]:
+    """Median, lower and upper quartile."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return [round(ratio, 3) for ratio in (middle, low, high)]
 
 
 def main(config: TrainingLoopConfig):
@@ -122,14 +130,7 @@ def main(config: TrainingLoopConfig):
             [sys.executable, str(RECIPES / "precompute_latents.py"), *cache, "--output_dir", str(folder / "cached")],
             check=True,
         )
-        times = []
-        for i in range(config.rounds):
-            before = bare_steps(config, folder)
-            loop = loop_steps(config, folder, f"run-{i}")
-            after = bare_steps(config, folder)
-            times.append((loop, *(statistics.fmean(both) for both in zip(before, after, strict=True))))
-    ratios = [loop / bare for loop, bare, _ in times]
-    ratios_alone = [loop / alone for loop, _, alone in times]
+        times = time_in_turn(config, folder)
     record(
         "training_loop",
         {
@@ -139,10 +140,9 @@ def main(config: TrainingLoopConfig):
             "seconds a step, loop, modules and transformer": [
                 round(statistics.median(side), 4) for side in zip(*times, strict=True)
             ],
-            "time, loop / modules": round(statistics.median(ratios), 3),
-            "by round": [round(ratio, 3) for ratio in ratios],
-            "time, loop / transformer": round(statistics.median(ratios_alone), 3),
-            "by round, transformer": [round(ratio, 3) for ratio in ratios_alone],
+            "time, loop / modules": quartiles([took / bare for took, bare, _ in times]),
+            "time, loop / transformer": quartiles([took / alone for took, _, alone in times]),
+            "steps": len(times),
         },
         config.output_dir,
     )

@@ -16,7 +16,7 @@ SIZES = {
     "growth": ["--width", "64", "--batch_sizes", "1", "2", "--queries", "8", "16", "--resolutions", "32", "64"],
     "data_path": ["--samples", "16", "--size", "64"],
     "pipeline": [*FLUX, "--resolution", "64", "--steps", "2"],
-    "training_loop": [*FLUX, "--batch_size", "2", "--steps", "1"],
+    "training_loop": [*FLUX, "--batch_size", "2"],
     "step_flops": None,  # counts, at any size in the same time
 }
 
