@@ -45,7 +45,9 @@ class TrainingLoopConfig:
     layers: int = field(default=2, metadata={"help": "Double blocks; twice as many single ones."})
     batch_size: int = field(default=16, metadata={"help": "Samples a step."})
     resolution: int = field(default=128, metadata={"help": "Side of the pictures, px; a token is 8 x 8."})
-    rounds: int = field(default=20, metadata={"help": "Timed steps of each, after two that do not count."})
+    rounds: int = field(
+        default=20, metadata={"help": "Timed steps of each, two or more, after two that do not count."}
+    )
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of training_loop.json."})
 
 

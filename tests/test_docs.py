@@ -1,13 +1,13 @@
 """The documentation builds without a warning, and what it tells its reader to do works.
 
 Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
-through the recipe's own settings, the blocks of the first pages and of the README run, and each quoted error message occurs in the source. Slow: a
+through the recipe's own settings, the blocks of the first pages and the README's Python run, and each quoted error message occurs in the source. Slow: a
 reader goes through the guides from top to bottom, block after block in one folder, against a Hub and a judge on this machine; and
 the figure is drawn again. Three comments steer that, each about the block below it:
 
     <!-- test: --max_steps 4 -->                     flags that are added to its commands, for a smoke size
     <!-- served: -->                                 the same for a server: its page is asked for, then Ctrl-C ends it
-    <!-- checked, not run: it takes eight GPUs -->   only parsed, and why; these are the ones that `ONLY_CHECKED` names
+    <!-- checked, not run: it takes eight GPUs -->   only parsed, and why; of the pages these are what `ONLY_CHECKED` names
 
 The tables of figures and the words around them are not tested here.
 """
@@ -106,7 +106,7 @@ def test_pages_build_without_a_warning(tmp_path):
         assert "`" not in words, path.name  # Markdown that reached the page as it was
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, README])
 def test_every_block_is_of_a_kind_that_is_tested(page):
     indented = re.findall(r"^(?: +```|~~~).*", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
     assert indented == [], "no test would find them"
@@ -116,7 +116,9 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
         if page == "troubleshooting":
             assert block.language == "text"
             continue
-        assert page in ("index", "how-it-works", *GUIDES) and block.language in ("python", "bash", "yaml")
+        if page == README and block.language in ("", "bibtex"):  # drawings, outputs
+            continue
+        assert page in ("index", "how-it-works", README, *GUIDES) and block.language in ("python", "bash", "yaml")
         if block.language == "yaml":
             assert re.match(r"# [\w-]+\.yaml\n", block.code), "its first line names the file"
 
@@ -167,7 +169,7 @@ def test_links_lead_to_files_that_exist_and_to_known_hosts(path):
 def desk(tmp_path, monkeypatch):
     """A folder as the repository's is to a reader, with the YAML files that the pages show."""
     lay_out(tmp_path)
-    for page in [README, *GUIDES]:
+    for page in GUIDES:
         for block in blocks(page, "yaml"):
             write_yaml(block, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -225,6 +227,8 @@ def check_command(words: list[str]):
 
 @pytest.mark.parametrize("block", BASH)
 def test_commands_are_understood_by_what_they_call(block, desk):
+    for shown in blocks(block.page, "yaml"):  # pages show files of the same name
+        write_yaml(shown, desk)
     for words in block._replace(code=block.smoke()).commands():
         check_command(words)
 

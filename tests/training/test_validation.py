@@ -44,6 +44,8 @@ def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
     for name in ("trainable.safetensors", "ema.safetensors"):
         one, two = (load_file(run / "checkpoint-00000004/state" / name) for run in runs)
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (json.loads((run / "checkpoint-00000004/state/rank-0.json").read_text()) for run in runs)
+    assert one["loader"] == two["loader"]
     assert [row["loss"] for row in rows(runs[0])] == [row["loss"] for row in rows(runs[1])]
 
 
