@@ -176,8 +176,9 @@ def test_arms_that_train_alike_share_their_score(module, config):
     assert len({file(*arm) for arm in same}) == 1
     screening = [("condition", "+ masking"), ("mask_mode", "drop"), ("mask_ratio", "r = 0.5")]
     assert len({file(*arm) for arm in screening}) == 1
+    assert file("condition", "queries alone") == file("queries", "4 queries")
     names = [file(name, arm.label) for name, study in module.STUDIES.items() for arm in study.arms]
-    assert len(names) == 37 and len(set(names)) == 29
+    assert len(names) == 37 and len(set(names)) == 28
 
 
 @pytest.mark.parametrize(
