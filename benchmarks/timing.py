@@ -22,6 +22,14 @@ class Ratio:
     quartiles: tuple[float, float]
     rounds: int
 
+    @classmethod
+    def of(cls, ones: list[float], twos: list[float]) -> "Ratio":
+        """From the times of each round."""
+        ratios = [one / two for one, two in zip(ones, twos, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        medians = (statistics.median(times) for times in (ones, twos, ratios))
+        return cls(*medians, (low, high), len(ratios))
+
     def __str__(self) -> str:
         return f"{self.ratio:.3f} [{self.quartiles[0]:.3f}, {self.quartiles[1]:.3f}] ({self.first:.3f} s / {self.second:.3f} s)"
 
@@ -41,10 +49,7 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 1
     """Times both in turn, after one run of each that does not count."""
     first(), second()
     times = [(seconds(first), seconds(second)) for _ in trange(rounds, desc=label, leave=False)]
-    ratios = [one / two for one, two in times]
-    low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-    ones, twos = zip(*times, strict=True)
-    return Ratio(statistics.median(ones), statistics.median(twos), statistics.median(ratios), (low, high), rounds)
+    return Ratio.of(*map(list, zip(*times, strict=True)))
 
 
 def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> int:

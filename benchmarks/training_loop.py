@@ -10,7 +10,6 @@ Clipping and averaging cost by the weight and not by the sample, so overhead fal
 `--resolution 64`, and 16,384 or more in a step of `base` on one GPU.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from models import flux_preset
-from timing import record, seconds
+from timing import Ratio, record, seconds
 from trl import TrlParser
 
 from iomm_hf import IOMMPipeline
@@ -45,9 +44,7 @@ class TrainingLoopConfig:
     layers: int = field(default=2, metadata={"help": "Double blocks; twice as many single ones."})
     batch_size: int = field(default=16, metadata={"help": "Samples a step."})
     resolution: int = field(default=128, metadata={"help": "Side of the pictures, px; a token is 8 x 8."})
-    rounds: int = field(
-        default=20, metadata={"help": "Timed steps of each, two or more, after two that do not count."}
-    )
+    rounds: int = field(default=20, metadata={"help": "Timed steps of each, after two that do not count."})
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder of training_loop.json."})
 
 
@@ -114,12 +111,6 @@ def time_in_turn(config: TrainingLoopConfig, folder: Path) -> list[tuple[float, 
     return times[2:]
 
 
-def quartiles(ratios: list[float]) -> list[float]:
-    """Median, lower and upper quartile."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return [round(ratio, 3) for ratio in (middle, low, high)]
-
-
 def main(config: TrainingLoopConfig):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -132,19 +123,15 @@ def main(config: TrainingLoopConfig):
             [sys.executable, str(RECIPES / "precompute_latents.py"), *cache, "--output_dir", str(folder / "cached")],
             check=True,
         )
-        times = time_in_turn(config, folder)
+        took, modules, transformer = map(list, zip(*time_in_turn(config, folder), strict=True))
     record(
         "training_loop",
         {
             "width": config.width,
             "batch_size": config.batch_size,
             "resolution": config.resolution,
-            "seconds a step, loop, modules and transformer": [
-                round(statistics.median(side), 4) for side in zip(*times, strict=True)
-            ],
-            "time, loop / modules": quartiles([took / bare for took, bare, _ in times]),
-            "time, loop / transformer": quartiles([took / alone for took, _, alone in times]),
-            "steps": len(times),
+            "time, loop / modules": Ratio.of(took, modules),
+            "time, loop / transformer": Ratio.of(took, transformer),
         },
         config.output_dir,
     )

@@ -2,8 +2,8 @@
 
 Fast: the pages are built (links and headings included), every command's flags go through the real parser and every YAML block
 through the recipe's own settings, the blocks of the first pages and the README's Python run, and each quoted error message
-occurs in the source. Slow: a reader goes through the guides from top to bottom, block after block in one folder, against a Hub and a judge on this machine; and
-the figure is drawn again. Three comments steer that, each about the block below it:
+occurs in the source. Slow: a reader goes through the guides from top to bottom, block after block in one folder,
+against a Hub and a judge on this machine; and the figure is drawn again. Three comments steer that, each about the block below it:
 
     <!-- test: --max_steps 4 -->                     flags that are added to its commands, for a smoke size
     <!-- served: -->                                 the same for a server: its page is asked for, then Ctrl-C ends it
