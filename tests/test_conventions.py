@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from iomm_hf import IOMMConditionEncoder, IOMMConfig, IOMMPipeline, IOMMProcessor
@@ -397,6 +398,8 @@ def test_hidden_states_of_the_query_rows(pipe):
         some = encoder(**inputs, output_hidden_states=[0, -1]).hidden_states
         assert torch.equal(some[0], output.hidden_states[0]) and some[1] is None and some[-1] is not None
         as_tuple = encoder(**inputs, output_hidden_states=1, return_dict=False)
+        with pytest.raises(ValueError, match=rf"of the {layers + 1} states of the query rows, got \[100\]"):
+            encoder(**inputs, output_hidden_states=[100])
     assert torch.equal(as_tuple[0], output.condition) and torch.equal(as_tuple[1][1], output.hidden_states[1])
 
 
@@ -445,3 +448,46 @@ def test_processor_folder_and_kwargs(pipe, tmp_path):
         processor(text=text, images=image, images_kwargs={"rescale_factor": -1.0}, rescale_factor=1.0)
     with pytest.raises(ValueError):  # image tokens are never cut off in silence
         processor(text=text, images=image, truncation=True, max_length=3)
+
+
+def test_diffusers_own_cutoff_ends_guidance_as_an_interval_does(pipe):
+    kwargs = {"prompt": ["a star", "a ring"], "latents": noise(2), "num_inference_steps": 4}
+    cut_off = draw(pipe, **kwargs, callback_on_step_end=EndGuidance(cutoff_step_ratio=None, cutoff_step_index=1))
+    assert (cut_off - draw(pipe, **kwargs, guidance_interval=(0.0, 0.5))).abs().max() < 1e-4
+    assert (cut_off - draw(pipe, **kwargs)).abs().max() > 1e-4
+
+
+class EndGuidance(PipelineCallback):
+    """As diffusers' `SDCFGCutoffCallback`, whose `prompt_embeds` hold both branches."""
+
+    tensor_inputs = ["prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            pipeline._guidance_scale = 0.0
+        return callback_kwargs
+
+
+def test_a_callback_may_not_return_fewer_conditions(pipe):
+    with pytest.raises(ValueError, match=r"prompt_embeds of the shape \(1, .*expected \(2, "):
+        draw(
+            pipe,
+            ["a star", "a ring"],
+            callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0),
+        )
+
+
+def test_masks_of_whole_numbers_serve_as_those_of_truth_values(pipe):
+    with torch.no_grad():
+        embeds, mask, *_ = pipe.encode_prompt(["a star", "a ring left of a heart"], do_classifier_free_guidance=False)
+    assert not mask.all()
+    kwargs = {"prompt_embeds": embeds, "latents": noise(2), "guidance_scale": 1.0}
+    expected = draw(pipe, prompt_embeds_mask=mask, **kwargs)
+    assert torch.equal(draw(pipe, prompt_embeds_mask=mask.long(), **kwargs), expected)
+
+
+def test_a_blank_negative_prompt_is_none(pipe):
+    kwargs = {"prompt": ["a star", "a ring"], "latents": noise(2)}
+    expected = draw(pipe, **kwargs)
+    assert torch.equal(draw(pipe, negative_prompt="", **kwargs), expected)
+    assert torch.equal(draw(pipe, negative_prompt=["", " "], **kwargs), expected)

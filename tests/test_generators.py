@@ -17,6 +17,12 @@ from iomm_hf.generators import condition_width, flux_patch_size, latent_multiple
 from iomm_hf.tiny import tiny_transformer, tiny_vae
 
 
+def test_masks_are_truth_values():
+    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 128)
+    with pytest.raises(ValueError, match=r"must be of torch.bool, got torch.int64"):
+        predict_velocity(tiny_z_image(), latents, torch.rand(2), condition, torch.ones(2, 3, dtype=torch.long))
+
+
 def tiny_z_image() -> ZImageTransformer2DModel:
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(

@@ -297,6 +297,11 @@ def test_frozen_parts_left_out_come_back_from_their_references(pipe, tmp_path):
     )
     referring.text_encoder.config.mllm_name_or_path = str(tmp_path / "mllm")
     referring.text_encoder.config.mllm_hash = hash_weight_files(tmp_path / "mllm")
+    with pytest.raises(ValueError, match="only max_shard_size and variant are options, got .'push_to_hub'"):
+        referring.save_pretrained(tmp_path / "light", include_frozen=False, push_to_hub=True)
+    referring.save_pretrained(tmp_path / "sharded", include_frozen=False, max_shard_size="100KB", variant="fp16")
+    for part in ("text_encoder", "transformer"):
+        assert len(list((tmp_path / "sharded" / part).glob("*.index.fp16.json"))) == 1
     referring.save_pretrained(tmp_path / "light", include_frozen=False)
     assert json.loads((tmp_path / "light/model_index.json").read_text())["vae"] == [None, None]
     assert not (tmp_path / "light/vae").exists()
@@ -422,6 +427,11 @@ def test_bad_questions_are_refused_with_the_value(pipe, arguments, message):
         pipe.ask(*arguments)
 
 
+def test_one_question_has_one_answer(pipe):
+    with pytest.raises(ValueError, match="num_return_sequences=3"):
+        pipe.ask(Image.new("RGB", (8, 8)), "What?", do_sample=True, num_return_sequences=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -466,6 +476,7 @@ def test_bad_questions_are_refused_with_the_value(pipe, arguments, message):
         ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1, got 0"),
         ({"prompt": "a", "sigmas": []}, r"got \[\]"),
         ({"prompt": "a", "sigmas": [1.0, float("nan")]}, "got .*nan"),
+        ({"prompt": "a", "sigmas": [0.5, 1.0]}, r"must fall from noise to picture, got \[0.5, 1.0\]"),
     ],
 )
 def test_bad_input_is_refused_with_the_value(pipe, arguments, message):

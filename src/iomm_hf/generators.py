@@ -94,6 +94,8 @@ def predict_velocity(
     multiple = latent_multiple(model, latents.shape[1])
     if latents.shape[2] % multiple or latents.shape[3] % multiple:
         raise ValueError(f"Latents of {latents.shape[2]}x{latents.shape[3]} are not divisible by {multiple}.")
+    if condition_mask is not None and condition_mask.dtype != torch.bool:
+        raise ValueError(f"condition_mask must be of torch.bool, got {condition_mask.dtype}: attention would add it.")
     if isinstance(model, FluxTransformer2DModel):
         family = flux_velocity
     elif isinstance(model, ZImageTransformer2DModel):

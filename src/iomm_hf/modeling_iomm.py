@@ -541,7 +541,12 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         if isinstance(wanted, bool):
             kept = set(range(len(hidden_states))) if wanted else set()
         else:
-            kept = {i % len(hidden_states) for i in ([wanted] if isinstance(wanted, int) else wanted)}
+            chosen, count = [wanted] if isinstance(wanted, int) else wanted, len(hidden_states)
+            if outside := [i for i in chosen if not -count <= i < count]:
+                raise ValueError(
+                    f"output_hidden_states must be of the {count} states of the query rows, got {outside}."
+                )
+            kept = {i % count for i in chosen}
         output = IOMMConditionOutput(
             condition=condition,
             condition_mask=condition_mask,
@@ -679,7 +684,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
         model.eval()
         return (model, info) if output_loading_info else model
 
-    def _load_frozen(self, options: dict[str, Any] | None = None, **hub_kwargs):
+    def _load_frozen(self, options: dict[str, Any] | None = None, dtype: torch.dtype | None = None, **hub_kwargs):
         config = self.config
         if config.mllm_name_or_path is None:
             raise OSError(
@@ -692,7 +697,7 @@ class IOMMConditionEncoder(IOMMPreTrainedModel):
                 f" {hash_weight_files(folder)}, expected {config.mllm_hash} ({config.mllm_name_or_path!r}, revision"
                 f" {config.mllm_revision!r})."
             )
-        device, dtype = self._any_weight().device, self._any_weight().dtype
+        device, dtype = self._any_weight().device, dtype or self.dtype
         self.mllm.to("meta")  # frees the placeholders before the real weights arrive
         self.mllm = load_mllm(folder, dtype=dtype, **(options or {}))
         if not getattr(self.mllm, "is_quantized", False):  # a quantised one is where its library put it

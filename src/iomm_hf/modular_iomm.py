@@ -21,7 +21,8 @@ from diffusers.modular_pipelines import (
 from PIL import Image
 
 from .modeling_iomm import IOMMConditionEncoder
-from .pipeline_iomm import PARTS, IOMMPipeline, as_picture_lists, decode_latents
+from .pipeline_inputs import as_picture_lists, check_conditions
+from .pipeline_iomm import PARTS, IOMMPipeline, decode_latents
 from .processing_iomm import IOMMProcessor
 
 
@@ -61,7 +62,7 @@ class IOMMConditionStep(ModularPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block = self.get_block_state(state)
         pipeline = parts(components, "text_encoder", "processor")
-        pipeline.check_conditions(block.prompt, as_picture_lists(block.image), block.negative_prompt)
+        check_conditions(block.prompt, as_picture_lists(block.image), block.negative_prompt)
         conditions = pipeline.encode_prompt(
             prompt=block.prompt,
             image=block.image,

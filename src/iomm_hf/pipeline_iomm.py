@@ -8,9 +8,8 @@ and decodes.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,11 +18,8 @@ from diffusers import (
     CacheMixin,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
     FluxTransformer2DModel,
-    SchedulerMixin,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     ZImageTransformer2DModel,
@@ -42,6 +38,18 @@ from .generators import condition_width, latent_multiple, predict_velocity, unwr
 from .integrity import CHECKSUMS, check_files
 from .lora import IOMMLoraLoaderMixin
 from .modeling_iomm import IOMMConditionEncoder, hash_weight_files, hub_options, resolve_frozen
+from .pipeline_inputs import (
+    CALLBACK_TENSORS,
+    Pictures,
+    Prompts,
+    Scheduler,
+    as_picture_lists,
+    check_conditions,
+    check_embeds,
+    check_finite,
+    check_sampling,
+    check_scheduler,
+)
 from .processing_iomm import IOMMProcessor
 
 
@@ -59,25 +67,6 @@ EXAMPLE = """
 
 # Files of a published pipeline that loading needs; nothing that could hold a pickle.
 PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", CHECKSUMS]
-
-# A list has one entry a prompt; several pictures of one prompt are a list in the list.
-Prompts: TypeAlias = str | list[str] | list[str | None]
-Pictures: TypeAlias = (
-    Image.Image
-    | list[Image.Image]
-    | list[list[Image.Image]]
-    | list[Image.Image | list[Image.Image] | None]
-    | np.ndarray
-    | torch.Tensor
-)
-
-Scheduler: TypeAlias = (
-    FlowMatchEulerDiscreteScheduler
-    | FlowMatchHeunDiscreteScheduler
-    | FlowMatchLCMScheduler
-    | UniPCMultistepScheduler
-    | DPMSolverMultistepScheduler
-)
 
 # What a pipeline folder may hold: an index that names anything else is refused before a class of it is imported.
 PARTS: dict[str, tuple[type, ...]] = {
@@ -111,7 +100,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "denoised"]
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(
         self,
@@ -185,11 +174,11 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         batch_size = len(prompt_embeds)
 
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            if negative_prompt is None:
-                conversations = [self.processor.unconditional()]
-            else:
-                negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-                conversations = [self.processor.text_to_image(text) for text in negatives]
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+            conversations = [
+                self.processor.text_to_image(text) if text.strip() else self.processor.unconditional()
+                for text in negatives
+            ]
             negative_prompt_embeds, negative_prompt_embeds_mask = self._encode(conversations, device)
             if len(conversations) == 1:  # one wording serves the whole batch
                 negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
@@ -199,9 +188,11 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if not do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_embeds_mask = None
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-        prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = [
-            None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-            for tensor in (prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        prompt_embeds_mask, negative_prompt_embeds_mask = [
+            None if mask is None else mask.to(device, torch.bool).repeat_interleave(num_images_per_prompt, dim=0)
+            for mask in (prompt_embeds_mask, negative_prompt_embeds_mask)
         ]
         # One return of plain names: diffusers' pipeline tests read them here and pass them back to `__call__`.
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
@@ -235,131 +226,6 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size} pictures.")
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-
-    def check_inputs(
-        self,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        callback_on_step_end_tensor_inputs: list[str],
-        guidance_scale: float = 1.0,
-        image_guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_images_per_prompt: int = 1,
-        sigmas: list[float] | None = None,
-    ):
-        """Refuses sizes, steps and guidance that cannot be drawn with, with the value and what would do."""
-        for name, number in (
-            ("height", height),
-            ("width", width),
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(number, Integral) or isinstance(number, bool):
-                raise ValueError(f"{name} must be a whole number, got {number!r}.")
-        multiple = self.size_multiple
-        if height % multiple or width % multiple or height <= 0 or width <= 0:
-            raise ValueError(f"height and width must be positive multiples of {multiple}, got {height} and {width}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}."
-            )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
-        for name, value in (
-            ("guidance_scale", guidance_scale),
-            ("image_guidance_scale", image_guidance_scale),
-            ("guidance_rescale", guidance_rescale),
-        ):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number from 0, got {value}.")
-        if guidance_rescale > 1:
-            raise ValueError(f"guidance_rescale must be from 0 to 1, got {guidance_rescale}.")
-        if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval must be (start, end), 0 <= start < end <= 1, got {guidance_interval}."
-            )
-        if sigmas is not None and not (len(sigmas) and all(0 < sigma <= 1 for sigma in sigmas)):
-            raise ValueError(f"sigmas must be noise levels above 0 and up to 1, got {sigmas}.")
-        check_scheduler(self.scheduler, sigmas)
-
-    def check_conditions(
-        self,
-        prompt,
-        image: list[list[Image.Image]] | None,
-        negative_prompt,
-        prompt_embeds=None,
-        prompt_embeds_mask=None,
-        negative_prompt_embeds=None,
-        negative_prompt_embeds_mask=None,
-        image_guidance_scale: float | None = None,
-    ):
-        """Refuses what gives no condition for each picture, or not one for each."""
-        if prompt_embeds is None and prompt is None and image is None:
-            raise ValueError("Give a `prompt`, an `image`, both, or `prompt_embeds`.")
-        if prompt_embeds is not None and (prompt is not None or image is not None):
-            raise ValueError("`prompt_embeds` replace `prompt` and `image`: give one or the other.")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("`negative_prompt_embeds` replace `negative_prompt`: give one or the other.")
-        for name, embeds, mask in (
-            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
-            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
-        ):
-            if embeds is None:
-                continue
-            channels = condition_width(self.transformer)
-            if embeds.ndim != 3 or embeds.shape[2] != channels or not embeds.numel():
-                raise ValueError(f"`{name}` must have the shape (batch, rows, {channels}), got {tuple(embeds.shape)}.")
-            if mask is not None and mask.shape != embeds.shape[:2]:
-                raise ValueError(
-                    f"`{name}_mask` must have the shape {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
-                )
-            if mask is not None and not mask.bool().any(1).all():
-                raise ValueError(f"`{name}_mask` hides every row of an entry: nothing is left to draw from.")
-            check_finite(name, embeds)
-
-        negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        if negative_prompts is not None and (
-            not isinstance(negative_prompts, list)
-            or not negative_prompts
-            or not all(isinstance(text, str) for text in negative_prompts)
-        ):
-            raise ValueError(f"`negative_prompt` must be a str or a non-empty list of str, got {negative_prompt!r}.")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if prompts is not None and (
-            not isinstance(prompts, list)
-            or not prompts
-            or not all(text is None or isinstance(text, str) for text in prompts)
-        ):
-            raise ValueError(f"`prompt` must be a str or a non-empty list of str, got {prompt!r}.")
-
-        batch = len(prompt_embeds) if prompt_embeds is not None else None
-        for name, entries in (("prompt", prompts), ("image", image), ("negative_prompt", negative_prompts)):
-            if entries is None or (name == "negative_prompt" and len(entries) == 1):
-                continue
-            if batch is not None and len(entries) != batch:
-                raise ValueError(
-                    f"`{name}` has {len(entries)} entries, the others have {batch}. Several pictures of one prompt are"
-                    " a list in the list."
-                )
-            batch = len(entries)
-        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != batch:
-            raise ValueError(f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} entries, expected {batch}.")
-        for i, text in enumerate(prompts or []):
-            if text is None and (image is None or not image[i]):
-                raise ValueError(f"`prompt` and `image` are both missing for entry {i}: give one or both.")
-            if text is not None and not text.strip():
-                raise ValueError(f"`prompt` is blank, got {text!r}; to vary a picture, leave it out.")
-        if prompts is None and image is not None and not all(image):
-            raise ValueError("Without a `prompt`, each entry of `image` must hold a picture.")
-        if image_guidance_scale is not None and (
-            prompts is None or image is None or not all(image) or any(text is None for text in prompts)
-        ):
-            raise ValueError("image_guidance_scale needs a `prompt` and an `image` for each picture to draw.")
 
     @property
     def size_multiple(self) -> int:
@@ -440,8 +306,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 width) in [0, 1], *optional*): Reference to edit; without a prompt, to vary. A list has one entry a prompt:
                 a picture, a list of several pictures that the prompt speaks of, or `None`. With `None` among the prompts as
                 well, one batch mixes drawing, editing and varying.
-            negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Defaults to the
-                unconditional instruction that training used.
+            negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from. Without one, or where it is
+                blank, the unconditional instruction that training used.
             height, width (`int`, *optional*): Size in pixels; defaults to `resolution`.
             num_inference_steps (`int`, *optional*, defaults to 30): Steps from noise to image.
             guidance_scale (`float`, *optional*, defaults to 3.0): Strength of guidance; 1 turns it off and halves the
@@ -485,22 +351,22 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 "This pipeline has no vae or no transformer. One whose vae lies elsewhere on the Hub wants it as `vae=`, as its"
                 " card says; iomm_hf.IOMMPipeline.from_pretrained fetches it by itself."
             )
-        references = as_picture_lists(image)
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
-        self.check_conditions(
-            prompt,
-            references,
-            negative_prompt,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            image_guidance_scale,
+        references = as_picture_lists(image)
+        check_conditions(
+            prompt, references, negative_prompt, prompt_embeds, negative_prompt_embeds, image_guidance_scale
         )
-        self.check_inputs(
+        channels = condition_width(self.transformer)
+        if prompt_embeds is not None:
+            check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask, channels)
+        if negative_prompt_embeds is not None:
+            check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask, channels)
+        check_scheduler(self.scheduler, sigmas)
+        check_sampling(
             height,
             width,
+            self.size_multiple,
             num_inference_steps,
             callback_on_step_end_tensor_inputs,
             guidance_scale,
@@ -551,12 +417,12 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         # 3. All branches of guidance run as one batch, the conditional one last, as diffusers' caches expect.
         condition, condition_mask = prompt_embeds, prompt_embeds_mask
         if image_guidance_scale is not None:
-            image_embeds, image_embeds_mask = self._encode(
-                [self.processor.image_only(*pictures) for pictures in references or []], device
+            image_embeds, image_embeds_mask, *_ = self.encode_prompt(
+                image=references,
+                do_classifier_free_guidance=False,
+                num_images_per_prompt=num_images_per_prompt,
+                device=device,
             )
-            image_embeds = image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-            if image_embeds_mask is not None:
-                image_embeds_mask = image_embeds_mask.repeat_interleave(num_images_per_prompt, dim=0)
             condition, condition_mask = join_conditions(image_embeds, image_embeds_mask, condition, condition_mask)
         if negative_prompt_embeds is not None:
             condition, condition_mask = join_conditions(
@@ -571,7 +437,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                guided = branches > 1 and guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+                guided = branches > 1 and in_interval and self.do_classifier_free_guidance  # a callback may end it
                 rows = len(condition) if guided else batch_size
                 inputs = torch.cat([latents] * branches) if guided else latents
                 time = t / self.scheduler.config.num_train_timesteps
@@ -587,7 +454,7 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                         None if condition_mask is None else condition_mask[-rows:],
                         self.attention_kwargs,
                     ).float()
-                if guided:  # scales are read anew at each step, since a callback may change them
+                if guided:
                     velocity = guide(
                         velocity.chunk(branches), self.guidance_scale, self.image_guidance_scale, self.guidance_rescale
                     )
@@ -604,7 +471,13 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                     changed = callback_on_step_end(self, i, t, chosen)
                     latents = changed.pop("latents", latents)
                     if "prompt_embeds" in changed:
-                        condition = torch.cat([condition[:-batch_size], changed.pop("prompt_embeds")])
+                        replaced = changed.pop("prompt_embeds")
+                        if replaced.shape != (wanted := tensors["prompt_embeds"].shape):
+                            raise ValueError(
+                                f"The callback returned prompt_embeds of the shape {tuple(replaced.shape)}, expected"
+                                f" {tuple(wanted)}. To end guidance, set a guidance_scale of 1; the branches follow."
+                            )
+                        condition = torch.cat([condition[:-batch_size], replaced])
                 progress_bar.update()
         self._current_timestep = None
 
@@ -689,6 +562,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             raise ValueError(f"`question` has {len(questions)} entries, `image` has {len(pictures)}.")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        if (several := generate_kwargs.get("num_return_sequences", 1)) != 1:
+            raise ValueError(f"A question has one answer, got num_return_sequences={several}: ask it several times.")
 
         turns = [self.processor.understand(text, *some) for text, some in zip(questions, pictures, strict=True)]
         inputs = self.processor.encode(turns).to(self._execution_device)
@@ -738,7 +613,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         from where `text_encoder.config.mllm_name_or_path` and `vae_name_or_path` say.
 
         Raises:
-            `ValueError`: `include_frozen=False` without both references, or LoRAs are loaded.
+            `ValueError`: `include_frozen=False` without both references or with options besides `max_shard_size` and
+                `variant`, or LoRAs are loaded.
         """
         if USE_PEFT_BACKEND and any(self.get_list_adapters().values()):
             raise ValueError(
@@ -747,10 +623,12 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
             )
         if include_frozen:
             return super().save_pretrained(save_directory, **kwargs)
+        if unknown := sorted(kwargs.keys() - {"max_shard_size", "variant"}):
+            raise ValueError(f"With include_frozen=False only max_shard_size and variant are options, got {unknown}.")
         if self.config.vae_name_or_path is None:
             raise ValueError("include_frozen=False needs vae_name_or_path, from which to load the autoencoder.")
         folder = Path(save_directory)
-        self.text_encoder.save_pretrained(folder / "text_encoder", include_frozen=False)
+        self.text_encoder.save_pretrained(folder / "text_encoder", include_frozen=False, **kwargs)
         self.transformer.save_pretrained(folder / "transformer", **kwargs)
         self.save_frame(folder, include_frozen=False)
 
@@ -876,75 +754,6 @@ def part_quantization(kwargs: dict[str, Any], part: str, is_diffusers: bool):
     """What `from_pretrained` was told of one part's quantisation, resolved as diffusers does for the parts that it loads."""
     config = kwargs.get("quantization_config")
     return config and config._resolve_quant_config(is_diffusers=is_diffusers, module_name=part)
-
-
-def as_picture_lists(image: Pictures | None) -> list[list[Image.Image]] | None:
-    """One list of pictures for each prompt; arrays (B, H, W, 3) and tensors (B, 3, H, W) in [0, 1] hold one a prompt."""
-    if image is None:
-        return None
-    if isinstance(image, np.ndarray | torch.Tensor):
-        channels = 1 if isinstance(image, torch.Tensor) else 3
-        if image.ndim != 4 or image.shape[channels] != 3 or 0 in image.shape:
-            wanted = "(batch, 3, height, width)" if channels == 1 else "(batch, height, width, 3)"
-            raise ValueError(f"`image` must have the shape {wanted}, got {tuple(image.shape)}.")
-        if not (image.min() >= 0 and image.max() <= 1):  # NaN is in no range
-            raise ValueError(f"`image` must be in [0, 1], got values from {image.min()} to {image.max()}.")
-        array = VaeImageProcessor.pt_to_numpy(image) if isinstance(image, torch.Tensor) else image
-        return [[picture] for picture in VaeImageProcessor.numpy_to_pil(array)]
-    lists = []
-    for entry in [image] if isinstance(image, Image.Image) else image if isinstance(image, list) else [image]:
-        pictures = [] if entry is None else entry if isinstance(entry, list) else [entry]
-        for picture in pictures:
-            if not isinstance(picture, Image.Image):
-                raise ValueError(
-                    "`image` must be a PIL image, an array, a tensor, or a list with a PIL image, a list of them or"
-                    f" None for each prompt, got {type(picture).__name__}."
-                )
-            if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
-                raise ValueError("`image` holds a picture of mode F with values that are NaN or infinite.")
-            if 0 in picture.size:
-                raise ValueError(f"`image` holds a picture of {picture.width}x{picture.height} pixels: it is empty.")
-        lists.append(pictures)
-    if not lists:
-        raise ValueError("`image` is an empty list: give at least one picture, or leave it out.")
-    return lists
-
-
-def check_finite(name: str, tensor: torch.Tensor):
-    """Refuses what would only show as a black picture, many steps later."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise ValueError(f"`{name}` holds {bad} values that are NaN or infinite, of {tensor.numel()}.")
-
-
-def check_scheduler(scheduler: SchedulerMixin, sigmas: list[float] | None):
-    """Refuses schedulers, or settings of them, that do not integrate a velocity z - x from t = 1 to t = 0."""
-    name, config = type(scheduler).__name__, scheduler.config
-    if not isinstance(scheduler, Scheduler):
-        raise ValueError(
-            f"{name} does not integrate a velocity; use {', '.join(kind.__name__ for kind in get_args(Scheduler))}."
-        )
-    if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler):
-        spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        if (
-            not config.use_flow_sigmas
-            or config.prediction_type != "flow_prediction"
-            or any(config.get(spacing) for spacing in spacings)
-        ):
-            raise ValueError(
-                f"{name} is set for noise prediction; build it with `{name}.from_config(pipe.scheduler.config,"
-                ' prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.config.shift)`,'
-                f" and without {', '.join(spacings)}."
-            )
-    if config.get("invert_sigmas"):
-        raise ValueError(f"{name} runs from image to noise: set invert_sigmas=False.")
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(
-            f"{name} wants its shift computed from the size: set use_dynamic_shifting=False and one `shift`"
-            " (`flow_shift` in UniPC and DPM-Solver)."
-        )
-    if sigmas is not None and isinstance(scheduler, FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler):
-        raise ValueError(f"{name} spaces its steps itself: leave out `sigmas`.")
 
 
 def guide(
