@@ -114,6 +114,18 @@ def test_edit_and_ask_see_the_picture_upright(tmp_path):
     assert json.loads(asked.stdout).keys() == {"image", "question", "answer"}
 
 
+def test_edit_crops_as_training_does(tmp_path):
+    wide = Image.new("RGB", (192, 64), "red")
+    wide.paste("blue", (64, 0, 128, 64))
+    wide.save(tmp_path / "wide.png")
+    wide.crop((64, 0, 128, 64)).save(tmp_path / "middle.png")
+    outputs = []
+    for name in ("wide", "middle"):
+        outputs.append(tmp_path / f"{name}-varied.png")
+        run(str(tmp_path / f"{name}.png"), "--steps", "1", "--output", str(outputs[-1]), command="edit")
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
 def test_edit_without_an_instruction_varies(tmp_path):
     source, output = tmp_path / "source.png", tmp_path / "varied.png"
     Image.new("RGB", (64, 64), "red").save(source)

@@ -377,26 +377,20 @@ def refusals():
 
 
 def load_pipeline(checkpoint: str | None, device: str | None) -> "IOMMPipeline":
-    import torch
     from diffusers.utils.logging import disable_progress_bar as quieten_diffusers
     from transformers.utils.logging import disable_progress_bar as quieten_transformers
 
+    from .devices import move
     from .pipeline_iomm import IOMMPipeline
     from .shipped import shipped_model
 
     quieten_diffusers()  # what loads in a second needs no bars
     quieten_transformers()
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
     try:
         pipe = IOMMPipeline.from_pretrained(checkpoint or shipped_model())
     except OSError as error:  # the Hub's client does not always say which id it misses
         raise ValueError(f"--checkpoint {checkpoint}: {error}") from error
-    try:
-        pipe = pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's for devices that it does not know or was built without
-        raise ValueError(f"--device {device}: {error}") from error
+    pipe = move(pipe, device)
     pipe.set_progress_bar_config(disable=None)  # none where nobody watches
     return pipe
 
@@ -427,6 +421,8 @@ def draw(
     import torch
     from PIL import Image
 
+    from .data.images import resize_and_crop
+
     count = len(prompts) * num_images
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
     with refusals():
@@ -441,6 +437,10 @@ def draw(
             raise ValueError(f"--output {output}: there is no folder {output.absolute().parent}.")
         picture = None if image is None else open_picture(image)
         pipe = load_pipeline(checkpoint, device)
+        if picture is not None:  # as in training, so that nothing is squashed
+            picture = resize_and_crop(
+                picture, (settings["width"] or pipe.resolution, settings["height"] or pipe.resolution)
+            )
         options = {("num_inference_steps" if name == "steps" else name): value for name, value in settings.items()}
         pictures = pipe(
             list(prompts),

@@ -27,7 +27,6 @@ class Preset:
         resolution (`int`): Side of the pictures in pixels.
         mask_ratio (`float`): Share r of image tokens hidden in image-only training.
         shift (`float`): Timestep shift of the sampler (neighbours use 3 at full size).
-        licences (`dict`): Licence of each part that is not ours.
     """
 
     transformer_class: str
@@ -41,7 +40,6 @@ class Preset:
     resolution: int = 512
     mask_ratio: float = 0.85
     shift: float = 3.0
-    licences: dict[str, str] = field(default_factory=dict)
 
 
 # The paper's MLLM; its autoencoder is not named, ours is FLUX's. Repository ids are those of the libraries' own
@@ -50,10 +48,6 @@ FULL_SIZE_PARTS: dict[str, Any] = {
     "mllm": "OpenGVLab/InternVL3-2B-hf",
     "vae": "black-forest-labs/FLUX.1-schnell",
     "vae_subfolder": "vae",
-    "licences": {
-        "mllm": "unverified: see the model card of OpenGVLab/InternVL3-2B-hf",
-        "vae": "unverified: see the model card of black-forest-labs/FLUX.1-schnell",
-    },
 }
 
 PRESETS = {

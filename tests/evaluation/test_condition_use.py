@@ -58,3 +58,10 @@ def test_a_trained_condition_is_seen(stream):
 def test_one_picture_has_no_other(pipeline, stream):
     with pytest.raises(ValueError, match="17 pictures in batches of 16"):
         measure_condition_use(pipeline, stream(), 17, mask_ratio=0.5)
+    with pytest.raises(ValueError, match="batches of 1 leave one"):
+        measure_condition_use(pipeline, stream(), 16, mask_ratio=0.5, batch_size=1)
+
+
+def test_pictures_are_not_counted_twice(pipeline, stream):
+    with pytest.raises(ValueError, match="40 pictures were asked for and only 24 are there"):
+        measure_condition_use(pipeline, stream(), 40, mask_ratio=0.5)

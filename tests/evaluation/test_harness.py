@@ -14,7 +14,7 @@ from iomm_hf import shipped_model
 from iomm_hf.evaluation.authors_files import REPOSITORIES
 from iomm_hf.evaluation.benchmarks import load_benchmark
 from iomm_hf.evaluation.drawing import draw_plan
-from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
+from iomm_hf.evaluation.harness import EvaluationConfig, Ranks, evaluate, rank_device
 from iomm_hf.evaluation.judges import TransformersJudge
 from iomm_hf.evaluation.judging import ask_all, judged
 from iomm_hf.evaluation.report import caption, looked_at, pictures_of, places_of, worst, write_report
@@ -561,3 +561,10 @@ def test_of_all_ranks_only_the_first_asks_a_served_judge(tmp_path):
         assert len(server.requests) == 3 * 4 * 2  # none twice
     [result] = (tmp_path / "run").rglob("result.json")
     assert read_result(result)["counts"]["answered"] == 24 and len(list(result.parent.glob("details-*"))) == 1
+
+
+def test_each_rank_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    several, alone = Ranks(3, 8, lambda: None), Ranks(0, 1, lambda: None)
+    assert rank_device(several, "cuda") == "cuda:3" and rank_device(several, "cpu") == "cpu"
+    assert rank_device(alone, "cuda:1") == "cuda:1"

@@ -80,6 +80,8 @@ def test_precision_and_revision_are_checked_before_anything_is_loaded():
         load_pipeline(shipped_model(), revision="main")
     with pytest.raises(ValueError, match="got 'int8'"):
         load_pipeline(shipped_model(), dtype="int8")
+    with pytest.raises(ValueError, match="The device 'abacus' cannot be used"):
+        load_pipeline(shipped_model(), device="abacus")
     with pytest.raises(OSError, match=r"holds no model_index\.json"):
         load_pipeline(shipped_model().parent)
 

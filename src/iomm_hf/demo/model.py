@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..data.images import resize_and_crop
+from ..devices import move
 from ..modeling_iomm import draw_image_mask
 from ..pipeline_iomm import IOMMPipeline
 from ..shipped import shipped_model
@@ -83,7 +84,7 @@ def load(checkpoint: str | None = None, device: str | None = None) -> IOMMPipeli
 
     Args:
         checkpoint (`str`, *optional*): A pipeline folder or Hub id. Defaults to the tiny model of the package.
-        device (`str`, *optional*): Such as `"cpu"`. Defaults to a GPU, if there is one.
+        device (`str`, *optional*): Such as `"cpu"`. Defaults to the accelerator, if there is one.
 
     Returns:
         [`IOMMPipeline`], which the other functions use from now on.
@@ -98,13 +99,8 @@ def load(checkpoint: str | None = None, device: str | None = None) -> IOMMPipeli
     except OSError as error:  # the Hub's client does not always say which id it misses
         raise OSError(f"The checkpoint {checkpoint} does not load: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    try:
-        # Asked this way, ZeroGPU answers yes where it will only later lend a GPU.
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # torch's for devices that it does not know or was built without
-        raise ValueError(f"The device {device} cannot be used: {error}") from error
-    _pipeline = pipeline
-    return pipeline
+    _pipeline = move(pipeline, device)
+    return _pipeline
 
 
 def model() -> IOMMPipeline:

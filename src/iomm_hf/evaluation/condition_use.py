@@ -82,11 +82,13 @@ def condition_losses(
         Two `torch.DoubleTensor` of shape `(pictures,)`, each the mean over draws: own, another's.
 
     Raises:
-        `ValueError`: fewer than two pictures, so there is no other.
+        `ValueError`: fewer than two pictures in a pass, so there is no other, or not so many different ones.
     """
     chosen = list(islice(samples, pictures))
-    if len(chosen) < 2 or len(chosen) % batch_size == 1:
+    if len(chosen) < 2 or batch_size < 2 or len(chosen) % batch_size == 1:
         raise ValueError(f"{len(chosen)} pictures in batches of {batch_size} leave one without another's condition.")
+    if (different := len({sample["key"] for sample in chosen})) < len(chosen):  # an endless stream began anew
+        raise ValueError(f"{len(chosen)} pictures were asked for and only {different} are there: ask for those.")
     module = IOMMTrainingModule(pipeline.text_encoder, pipeline.transformer, pipeline.vae, mask_ratio).eval()
     device = pipeline.device
     own, other = torch.zeros(draws, len(chosen)), torch.zeros(draws, len(chosen))

@@ -22,9 +22,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from ..devices import default_device
 from ..files import write_whole
 from ..integrity import sha256
 from ..shipped import shipped_model
@@ -175,7 +175,7 @@ def ranks() -> Iterator[Ranks]:
     from accelerate import PartialState
 
     # The first rank may ask a judge for hours while the others wait.
-    state = PartialState(cpu=accelerator_type() is None, timeout=timedelta(days=7))
+    state = PartialState(cpu=default_device() == "cpu", timeout=timedelta(days=7))
     try:
         yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
     finally:
@@ -233,7 +233,7 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
         config.checkpoint or shipped_model(),
         revision=config.revision,
         dtype=config.dtype or "float32",
-        device=config.device if config.device is not None else rank_device(group),
+        device=rank_device(group, config.device),
     )
     if config.ema is not None:
         if about["ema"] not in (None, config.ema):
@@ -252,20 +252,10 @@ def draw(config: EvaluationConfig, benchmark: Benchmark, group: Ranks):
     )
 
 
-def accelerator_type() -> str | None:
-    """Such as cuda; `None` without one, or where Accelerate is told to use the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
-        return None
-    return accelerator.type
-
-
-def rank_device(group: Ranks) -> str:
-    """The accelerator of this rank, or the CPU."""
-    kind = accelerator_type()
-    if kind is None:
-        return "cpu"
-    return kind if group.count == 1 else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
+def rank_device(group: Ranks, device: str | None = None) -> str:
+    """This rank's own device of the kind that was asked for, by default the accelerator."""
+    device = default_device() if device is None else device
+    return device if group.count == 1 or device == "cpu" else f"{device.split(':')[0]}:{os.environ['LOCAL_RANK']}"
 
 
 def prepare_judge(
@@ -329,7 +319,7 @@ def score(
     details = Details(target, group.rank, depends_on(benchmark, hashes))
     counts: dict[str, int] = {}
     about: dict[str, Any]
-    device = config.device if config.device is not None else rank_device(group)
+    device = rank_device(group, config.device)
     if config.benchmark == "geneval":
         models = GenEvalModels(
             config.detector,

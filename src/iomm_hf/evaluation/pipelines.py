@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from ..devices import move
 from ..integrity import INDEX
 from ..modeling_iomm import hash_weight_files
 from ..pipeline_iomm import IOMMPipeline
@@ -79,13 +80,7 @@ def load_pipeline(
         safe = {"use_safetensors": True} if loader is DiffusionPipeline else {}
         folder = Path(loader.download(str(checkpoint), revision=commit, **safe))
     pipeline = loader.from_pretrained(folder, **options)
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
-    try:
-        pipeline.to(device)
-    except RuntimeError as error:  # torch's for a device that it does not know
-        raise ValueError(f"device {device!r}: {error}") from error
+    move(pipeline, device)
     pipeline.set_progress_bar_config(disable=True)
     about = {
         "name": public_name(str(checkpoint)),

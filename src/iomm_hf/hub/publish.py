@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 
+from ..devices import move
 from ..integrity import CHECKSUMS, PICKLES, write_checksums
 from ..modeling_iomm import IOMMConditionEncoder, resolve_frozen
 from ..pipeline_iomm import PARTS, PIPELINE_FILES, IOMMPipeline
@@ -30,7 +31,15 @@ from .card import BENCHMARKS, Reference, Sample, check_licences, write_card
 
 # Modules that a published checkpoint carries. The pipeline may import the others, these import none of ours: diffusers
 # follows relative imports for one level only.
-REMOTE_CODE = ("generators", "integrity", "lora", "modeling_iomm", "pipeline_iomm", "processing_iomm")
+REMOTE_CODE = (
+    "generators",
+    "integrity",
+    "lora",
+    "modeling_iomm",
+    "pipeline_inputs",
+    "pipeline_iomm",
+    "processing_iomm",
+)
 # transformers takes code from the top of a repository, diffusers from the component's folder: it lies in both.
 PART_CODE = {"text_encoder": "modeling_iomm", "processor": "processing_iomm"}
 AUTO_MAPS = {
@@ -323,7 +332,7 @@ def without_paths(settings: Any) -> Any:
 
 
 def draw_samples(pipeline: IOMMPipeline, output: Path, prompts: Sequence[str], steps: int) -> list[Sample]:
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    move(pipeline)
     (output / "samples").mkdir()
     samples = [Sample(prompt, seed, f"samples/{seed:02d}.png") for seed, prompt in enumerate(prompts)]
     for sample in samples:
@@ -370,7 +379,7 @@ def load_back():
     options = {} if request["revision"] is None else {"revision": request["revision"]}
     pipeline = IOMMPipeline.from_pretrained(request["where"], **options)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    move(pipeline)
     drawn = np.asarray(draw(pipeline, Sample(**request["sample"]), request["steps"]), dtype=int)
     expected = np.asarray(Image.open(request["picture"]), dtype=int)
     if drawn.shape != expected.shape or np.abs(drawn - expected).max() > TOLERANCE:
