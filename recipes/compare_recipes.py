@@ -197,19 +197,24 @@ class CompareConfig:
         labels = [arm.label for name in self.studies for arm in STUDIES[name].arms]
         if unknown := [label for label in self.arms or [] if label not in labels]:
             raise ValueError(f"Unknown arms {unknown}; choose of {'; '.join(labels)}.")
+        for name in self.studies:
+            if self.arms and not {arm.label for arm in STUDIES[name].arms} & set(self.arms):
+                raise ValueError(f"None of the arms {self.arms} is one of {name}: leave it out of the studies.")
 
 
 def claim(config: CompareConfig):
     """Writes what all studies share into both folders, or refuses folders of others."""
     study = {key: value for key, value in asdict(config).items() if key not in FREE}
     study |= {stage: yaml.safe_load(Path(study[stage]).read_text()) for stage in ("pretrain", "finetune")}
-    for folder in (Path(config.output_dir), Path(config.results_dir)):
+    folders = Path(config.output_dir), Path(config.results_dir)
+    for folder in folders:
         file = folder / "study.json"
         if file.exists() and (saved := json.loads(file.read_text())) != study:
             differing = sorted(key for key in study if saved.get(key) != study[key])
             raise ValueError(f"{folder} holds a study with another {', '.join(differing)}; choose other folders.")
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, study)
+        write_json(folder / "study.json", study)
 
 
 def run(script: str, settings: dict[str, Any], *launch: str):

@@ -32,6 +32,18 @@ def test_damaged_blobs_are_refused(blob):
 
 def test_a_cache_without_its_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=CACHE_FILE):
-        read_cache_info(str(tmp_path / "train-00000.parquet"))
+        read_cache_info([str(tmp_path / "train-00000.parquet")])
     (tmp_path / CACHE_FILE).write_text(json.dumps({"resolution": 64}))
-    assert read_cache_info(str(tmp_path / "train-00000.parquet")) == {"resolution": 64}
+    assert read_cache_info([str(tmp_path / f"train-0000{n}.parquet") for n in range(2)]) == {"resolution": 64}
+
+
+def test_shards_of_several_folders_are_of_one_cache(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        made_with = {"vision tower": "v", "vae": name, "resolution": 64, "vision_tokens": False, "source": name}
+        (tmp_path / name / CACHE_FILE).write_text(json.dumps(made_with))
+        files.append(str(tmp_path / name / "train-00000.parquet"))
+    assert read_cache_info(files[:1])["vae"] == "a"
+    with pytest.raises(ValueError, match=r"a/iomm_cache.json and .*b/iomm_cache.json name another vae: "):
+        read_cache_info(files)

@@ -169,6 +169,15 @@ class TestReading:
         pq.write_table(pa.table({"n": [1, 2, 3], "image": pa.array(values, feature)}), tmp_path / "a.parquet")
         assert len(epoch_keys(SampleStream(SourceConfig(str(tmp_path / "a.parquet"))))) == 3
 
+    def test_paths_in_a_table_are_not_followed(self, tmp_path, caplog):
+        (tmp_path / "private.png").write_bytes(png(1))
+        values = [{"bytes": png(0), "path": "x.png"}, {"bytes": None, "path": str(tmp_path / "private.png")}]
+        values += [{"bytes": None, "path": path} for path in ("s3://bucket/x.png", "foo://x", "/")]
+        feature = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        pq.write_table(pa.table({"image": pa.array(values, feature)}), tmp_path / "a.parquet")
+        stream = SampleStream(SourceConfig(str(tmp_path / "a.parquet")))
+        assert len(epoch_keys(stream)) == 1 and "skipped up to now: {'no_image': 4}" in caplog.text
+
 
 class TestOrder:
     def test_differs_by_epoch_by_seed_and_from_stored_order(self, tmp_path):

@@ -198,3 +198,14 @@ def test_an_unknown_study_is_refused(module):
         module.CompareConfig(studies=["colours"])
     with pytest.raises(ValueError, match=r"Unknown arms \['zero'\]; choose of residual; plain"):
         module.CompareConfig(studies=["adapter"], arms=["residual", "zero"])
+    with pytest.raises(ValueError, match=r"None of the arms \['residual'\] is one of queries: leave it out"):
+        module.CompareConfig(studies=["adapter", "queries"], arms=["residual"])
+
+
+def test_refused_folders_are_not_claimed(module, config):
+    results = Path(config.results_dir)
+    results.mkdir()
+    (results / "study.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a study with another"):
+        module.claim(config)
+    assert not Path(config.output_dir).exists()

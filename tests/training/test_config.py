@@ -2,7 +2,7 @@
 
 import pytest
 
-from iomm_hf.training import FinetuneConfig, LoraTrainingConfig
+from iomm_hf.training import FinetuneConfig, LoraTrainingConfig, PretrainConfig
 from iomm_hf.training.config import changed_settings
 
 
@@ -30,3 +30,20 @@ def test_the_number_of_steps_may_change_where_the_rate_does_not_depend_on_it(sch
         for steps in (10, 20)
     )
     assert (changed_settings(short, long) == []) == free
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler must be of constant, .*, got 'piecewise_constant'"),
+        ({"vae_subfolder": "vae"}, "vae_subfolder='vae' is a folder inside `vae`, which is missing"),
+    ],
+)
+def test_what_would_fail_later_or_do_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(images=["x"], **settings)
+
+
+def test_a_run_records_no_preset_of_which_it_takes_nothing():
+    assert PretrainConfig(images=["x"], init_from="tiny-run/final", mask_ratio=0.5).preset is None
+    assert PretrainConfig(images=["x"]).preset == "base"

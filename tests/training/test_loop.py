@@ -143,6 +143,14 @@ def test_killed_and_resumed_with_muon_equals_an_unbroken_run(settings, flux, tmp
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+def test_a_bf16_run_without_an_adapter_rounds_no_frozen_weights(settings, parts):
+    settings |= {"mixed_precision": "bf16", "num_queries": 0, "condition_tokens": "all", "max_steps": 1}
+    pipe = IOMMPipeline.from_pretrained(train(PretrainConfig(**settings)))
+    frozen = load_mllm(parts / "mllm").state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in pipe.text_encoder.mllm.state_dict().items())
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_bf16_run_resumes_and_rounds_neither_trained_nor_frozen_weights(settings, parts, tmp_path):
     settings |= {
         "mixed_precision": "bf16",
@@ -373,7 +381,7 @@ def test_a_caption_longer_than_the_mllm_takes_is_skipped_and_counted(settings, p
         ({"images": ["/nowhere/images"]}, "/nowhere/images"),
         ({"aspect_ratios": ["1:1", "1.5"]}, "got '1.5'"),
         ({"aspect_ratios": ["1:1", "9:10"]}, "both 64x64 pixels"),
-        ({"max_steps": 4, "init_from": "x"}, "brings its own mllm, vae"),
+        ({"max_steps": 4, "init_from": "x", "vae_revision": "main"}, "brings its own mllm, vae, vae_revision; leave"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_value(settings, change, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 
-from iomm_hf.training import PretrainConfig, train
+from iomm_hf.training import LoraTrainingConfig, PretrainConfig, train
 from iomm_hf.training.run_folder import hold_folder, keep_log_until
 
 
@@ -123,3 +124,18 @@ def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
     log.write_text('{"step": 2, "lo\n' + whole)
     with pytest.raises(json.JSONDecodeError):  # no accident of ours
         keep_log_until(log, 2)
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over(settings):
+    final = train(PretrainConfig(**settings))
+    for checkpoint in final.parent.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    log = (final.parent / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds a finished run without its checkpoints; choose another output_dir"):
+        train(PretrainConfig(**settings))
+    assert (final.parent / "log.jsonl").read_text() == log
+
+
+def test_a_lora_is_not_told_to_start_from_its_checkpoint():
+    assert "init_from" not in LoraTrainingConfig(images=["x"]).start_anew(Path("run/checkpoint-00000001"))
+    assert "--init_from run/c" in PretrainConfig(images=["x"]).start_anew(Path("run/c"))

@@ -36,6 +36,27 @@ def test_the_best_of_the_scored_checkpoints_is_kept(settings, monkeypatch):
     assert not torch.equal(*weights)
 
 
+def test_a_best_of_before_is_no_record_for_a_run_from_nothing(settings):
+    output = Path(settings["output_dir"])
+    (output / "best").mkdir(parents=True)
+    (output / "best" / "score.json").write_text(json.dumps({"step": 1, "overall": 0.9}))
+    (output / "evals.jsonl").write_text(json.dumps({"step": 1, "overall": 0.9}) + "\n")  # killed before a checkpoint
+    train(PretrainConfig(**settings | {"max_steps": 1, "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}))
+    assert json.loads((output / "best" / "score.json").read_text())["overall"] < 0.9
+    assert len((output / "evals.jsonl").read_text().splitlines()) == 1
+
+
+def test_other_sampling_beats_no_record_and_has_none_to_beat(settings):
+    scored = {"max_steps": 2, "save_every": 1, "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}
+    final = train(PretrainConfig(**settings | scored))
+    row = json.loads((final.parent / "evals.jsonl").read_text().splitlines()[0])
+    (final.parent / "evals.jsonl").write_text(json.dumps(row | {"overall": 0.9}) + "\n")
+    for steps, best in ((1, 1), (2, 4)):
+        more = {"max_steps": 2 + steps, "validation_steps": steps}
+        train(PretrainConfig(**settings | scored | more))
+        assert json.loads((final.parent / "best" / "score.json").read_text())["step"] == best
+
+
 def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
     train(PretrainConfig(**settings | {"max_steps": 4}))
     scored = {"output_dir": str(tmp_path / "scored"), "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}

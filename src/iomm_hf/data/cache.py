@@ -13,6 +13,7 @@ tokens are computed from the picture before it is encoded, so they are the same 
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -24,6 +25,7 @@ from safetensors.torch import load, save
 CACHE_COLUMN = "iomm_cache"
 KEY_COLUMN = "iomm_key"  # caches of earlier versions have none: their samples are keyed by their place in the cache
 CACHE_FILE = "iomm_cache.json"
+BELONGS_TO = ("vision tower", "vae", "resolution", "vision_tokens")  # what one cache has one of
 
 
 class Cached(NamedTuple):
@@ -65,16 +67,29 @@ def unpack(blob: bytes) -> Cached:
         raise ValueError(f"expected a cached picture, got {str(blob)[:40]}: {error}") from error
 
 
-def read_cache_info(file: str) -> dict[str, Any]:
+def read_cache_info(files: Iterable[str]) -> dict[str, Any]:
     r"""
-    What the cache in the folder of `file` (local or an fsspec address) was made with.
+    What the cache of these shards (local or fsspec addresses) was made with: the `CACHE_FILE` beside each says it.
 
     Raises:
-        `ValueError`: there is no `CACHE_FILE`.
+        `ValueError`: there is none, or shards of several folders were made with other things.
     """
-    address = f"{file.rsplit('/', 1)[0]}/{CACHE_FILE}"
-    try:
-        with fsspec.open(address, "r") as handle:
-            return json.load(handle)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} holds cached latents, but {address}, which says of what, is missing") from error
+    read: dict[str, dict[str, Any]] = {}
+    for file in files:
+        address = f"{file.rsplit('/', 1)[0]}/{CACHE_FILE}"
+        if address in read:
+            continue
+        try:
+            with fsspec.open(address, "r") as handle:
+                read[address] = json.load(handle)
+        except FileNotFoundError as error:
+            raise ValueError(f"{file} holds cached latents, but {address}, which says of what, is missing") from error
+    (first, info), *others = read.items()
+    for address, other in others:
+        differing = [name for name in BELONGS_TO if other[name] != info[name]]
+        if differing:
+            raise ValueError(
+                f"{first} and {address} name another {' and '.join(differing)}: their shards are not of one cache. Make"
+                " them sources of their own, or precompute one anew."
+            )
+    return info

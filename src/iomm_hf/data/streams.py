@@ -24,7 +24,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .cache import CACHE_COLUMN, KEY_COLUMN, read_cache_info, unpack
 from .images import BadImage, load_image
 from .sources import (
+    READERS,
     RETRIES,
+    TABLES,
     SourceConfig,
     check_end_of_tar,
     ending,
@@ -141,8 +143,10 @@ class SampleStream(IterableDataset):
             raise ValueError(f"column {columns[-1]!r} of {source.path!r} has no key {self.caption_key!r}: {feature}")
         self.columns = columns
         self.in_tars = "__key__" in present
+        # A path in a table is its author's word, and could name any file or address; those of an imagefolder are the source's.
+        self.follows_paths = not all(READERS.get(ending(Path(file))) in TABLES for file in self.files)
         is_cached = CACHE_COLUMN in present
-        self.cache_info = read_cache_info(str(self.files[0])) if is_cached else None
+        self.cache_info = read_cache_info(map(str, self.files)) if is_cached else None
         self.keeps_keys = is_cached and KEY_COLUMN in present
         extra = ["__key__"] * self.in_tars + [CACHE_COLUMN] * is_cached + [KEY_COLUMN] * self.keeps_keys
         dataset = dataset.select_columns(columns + extra)
@@ -267,8 +271,11 @@ class SampleStream(IterableDataset):
                 message = f"{length} bytes, more than the {self.max_caption_bytes} that fit: {caption[:80]!r}..."
                 self._skip("long_caption", raw.origin, message)
                 return None
+        image = raw.image
+        if isinstance(image, dict) and not self.follows_paths:
+            image = image["bytes"]
         try:
-            image = load_image(raw.image, max_pixels=self.source.max_pixels, min_side=self.source.min_side)
+            image = load_image(image, max_pixels=self.source.max_pixels, min_side=self.source.min_side)
         except BadImage as error:
             self._skip(error.reason, raw.origin, error.message)
             return None

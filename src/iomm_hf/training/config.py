@@ -5,7 +5,8 @@ compared when it resumes; the few fields in `FREE_ON_RESUME` may differ, and `ma
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..data.buckets import parse_aspect_ratio
 from ..data.sources import SourceConfig
@@ -30,6 +31,9 @@ FREE_ON_RESUME = {
     "max_nonfinite",
     "max_loss_ratio",
 }
+Schedule: TypeAlias = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
 ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup")  # all others spread the rate over `max_steps`
 
 
@@ -127,7 +131,7 @@ class TrainingConfig:
     max_loss_ratio: float = setting(
         5.0, "The run stops where the logged loss is this many times its usual one; 0: never (our choice)."
     )
-    lr_scheduler: str = setting("constant_with_warmup", "Any schedule of diffusers (our choice).")
+    lr_scheduler: Schedule = setting("constant_with_warmup", "A schedule of diffusers (our choice).")
     warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
     ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
     mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
@@ -202,7 +206,7 @@ class TrainingConfig:
                     f"init_from={self.init_from!r} does not say which share of image tokens to hide: give a mask_ratio, or"
                     " the preset of its size (tiny, base, large or xl), whose share is taken."
                 )
-            self.preset = "base"
+            self.preset = "base" if self.init_from is None else None
         if self.mask_ratio is not None and not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}.")
         if not 0 <= self.ema_decay < 1:
@@ -221,6 +225,10 @@ class TrainingConfig:
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
         if self.compile not in ("none", "blocks", "whole"):
             raise ValueError(f"compile must be 'none', 'blocks' or 'whole', got {self.compile!r}.")
+        if self.lr_scheduler not in get_args(Schedule):
+            raise ValueError(f"lr_scheduler must be of {', '.join(get_args(Schedule))}, got {self.lr_scheduler!r}.")
+        if self.vae is None and self.vae_subfolder is not None:
+            raise ValueError(f"vae_subfolder={self.vae_subfolder!r} is a folder inside `vae`, which is missing.")
         if self.fully_shard and self.compile != "none":
             raise ValueError("compile has not been tried on sharded weights: turn off either it or fully_shard.")
 
@@ -234,6 +242,10 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def start_anew(self, checkpoint: Path) -> str:
+        """What to do where a run in `checkpoint` does not go on."""
+        return f"start a new output_dir with --init_from {checkpoint}"
 
 
 @dataclass
@@ -321,6 +333,9 @@ class LoraTrainingConfig(TrainingConfig):
             raise ValueError(
                 "peak_tflops counts what training all weights costs, which a LoRA does not: leave it out."
             )
+
+    def start_anew(self, checkpoint: Path) -> str:
+        return "choose another output_dir and start from nothing (a LoRA's checkpoint is no pipeline to start from)"
 
 
 def as_source(source: Any) -> SourceConfig:

@@ -228,8 +228,8 @@ class SpikeGuard:
         if self.ratio and len(self.losses) == USUAL and loss > self.ratio * statistics.median(self.losses):
             raise FloatingPointError(
                 f"The loss leapt to {loss:.4g} before step {step}, from {statistics.median(self.losses):.4g} (median of"
-                f" {USUAL} rows of the log). Start again from a checkpoint of before that row"
-                " (--init_from, a new output_dir) with a lower learning_rate, or raise max_loss_ratio if this was expected."
+                f" {USUAL} rows of the log). Start again in a new output_dir, a LoRA from nothing and all else from a checkpoint of"
+                " before that row (--init_from), with a lower learning_rate, or raise max_loss_ratio if this was expected."
             )
         self.losses.append(loss)
 

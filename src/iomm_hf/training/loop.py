@@ -164,8 +164,10 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     # 3. What trains
     if config.attention_backend is not None:
         check_attention_backend(config.attention_backend, pipeline, accelerator)
-    assert config.preset is not None  # filled in by the settings
-    mask_ratio = get_preset(config.preset).mask_ratio if config.mask_ratio is None else config.mask_ratio
+    mask_ratio = config.mask_ratio
+    if mask_ratio is None:
+        assert config.preset is not None  # filled in by the settings
+        mask_ratio = get_preset(config.preset).mask_ratio
     sample_flops = flops_per_sample(config, pipeline, stream, mask_ratio) if config.peak_tflops else 0.0
     if config.mixed_precision == "bf16":
         # Frozen, so nothing is lost in small updates. Weights alone: a bf16 rotary buffer would move every position.
@@ -213,7 +215,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         if "recent" not in rank_state:
             raise ValueError(
                 f"{checkpoint} was written by an earlier iomm-hf, which did not keep all that an exact resume needs. Go on"
-                f" with the version and commit in run.json, or start a new output_dir with --init_from {checkpoint}."
+                f" with the version and commit in run.json, or {config.start_anew(checkpoint)}."
             )
         loader.load_state_dict(rank_state["loader"])
         for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):
@@ -223,7 +225,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
         if accelerator.is_main_process:
             note_resumption(record, step, config, trainer_state.get("software"), running)
     if accelerator.is_main_process:
-        for name in ("log.jsonl", "nonfinite.jsonl"):
+        for name in ("log.jsonl", "nonfinite.jsonl", "evals.jsonl"):
             keep_log_until(output_dir / name, step)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("iomm", config=flat(config.to_dict()))
@@ -322,11 +324,11 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     final = output_dir / "final"
     adapts = isinstance(config, LoraTrainingConfig)
     if config.mixed_precision == "bf16" and not adapts and not frozen_on_hub(pipeline) and accelerator.is_main_process:
-        pipeline.text_encoder._load_frozen()  # as it came, not rounded to bf16
+        pipeline.text_encoder._load_frozen(dtype=torch.float32)  # as it came, not rounded to bf16
     with whole_folder(final, accelerator) as folder, ema_weights(ema, module):
         save_pipeline(folder, accelerator, pipeline, module, include_frozen=not frozen_on_hub(pipeline))
         if isinstance(config, LoraTrainingConfig) and accelerator.is_main_process:
-            card = lora_card(config, module, samples=step * images_per_step)
+            card = lora_card(config, module, step, samples=step * images_per_step)
             (folder / "README.md").write_text(card, encoding="utf-8")
     all_skipped = total(skipped)
     if all_skipped:

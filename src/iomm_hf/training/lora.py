@@ -113,7 +113,7 @@ No licence is stated here. What may be done with it follows from the licences of
 """
 
 
-def lora_card(config: LoraTrainingConfig, module: IOMMTrainingModule, samples: int) -> str:
+def lora_card(config: LoraTrainingConfig, module: IOMMTrainingModule, step: int, samples: int) -> str:
     """The README.md of a finished LoRA. Of a base on this machine it says the last name alone, of pictures here none."""
     assert config.init_from is not None  # filled in by the settings
     path = Path(config.init_from)
@@ -138,7 +138,7 @@ def lora_card(config: LoraTrainingConfig, module: IOMMTrainingModule, samples: i
             dict.fromkeys(source_name(source.path) for source in [*config.image_sources, *config.paired_sources])
         ),
         text=kinds[bool(config.images), bool(config.pairs)],
-        steps=config.max_steps,
+        steps=step,
         samples=samples,
         rate=config.learning_rate,
         seed=config.seed,

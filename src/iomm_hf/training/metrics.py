@@ -83,7 +83,9 @@ def flops_per_sample(config: TrainingConfig, pipeline: IOMMPipeline, stream: Mix
     parts = tuple(part.to("meta") for part in (copy.text_encoder, copy.vae.requires_grad_(False), copy.transformer))
     processor = pipeline.processor
     whole = processor.encode([processor.image_only(Image.new("RGB", (64, 64)))])["input_ids"].shape[1]
-    prefix_tokens = whole - round(mask_ratio * processor.image_seq_length)
+    prefix_tokens = whole
+    if pipeline.text_encoder.config.mask_mode == "drop":
+        prefix_tokens -= round(mask_ratio * processor.image_seq_length)
     caches = [source.cache_info for source in stream.streams]
     flops = MetaModel(parts, pipeline.resolution, prefix_tokens, torch.float32).flops(  # type: ignore[arg-type]
         cached_latents=all(info is not None for info in caches),

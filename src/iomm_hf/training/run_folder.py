@@ -79,13 +79,15 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
     """Tidies the run's folder; returns the checkpoint to resume from, which the first rank finds for all.
 
     Raises:
-        `ValueError`: the folder holds a run with other settings, or one that may not be resumed.
+        `ValueError`: the folder holds a run with other settings, one that may not be resumed, or a finished one without checkpoints.
     """
     name: str | None = None
     if accelerator.is_main_process:
         remove_leftovers(output_dir)
         name = max((path.name for path in list_checkpoints(output_dir)), default=None)
-    [name] = broadcast_object_list([name])
+    [name, finished] = broadcast_object_list([name, (output_dir / "final").exists()])
+    if name is None and finished:
+        raise ValueError(f"{output_dir} holds a finished run without its checkpoints; choose another output_dir.")
     if name is None:
         return None
     newest = output_dir / name
@@ -97,7 +99,7 @@ def open_run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator)
         raise ValueError(
             f"{newest} was written with other settings, so it cannot be resumed exactly:\n  "
             + "\n  ".join(changes)
-            + f"\nUse the same settings, or start a new output_dir with --init_from {newest}."
+            + f"\nUse the same settings, or {config.start_anew(newest)}."
         )
     return newest
 

@@ -107,7 +107,7 @@ def build_pipeline(config: TrainingConfig) -> IOMMPipeline:
         `ValueError`: an unknown preset, or parts that do not fit together.
     """
     if config.init_from is not None:
-        overridden = ("mllm", "vae", *CONDITION_SETTINGS)
+        overridden = ("mllm", "mllm_revision", "vae", "vae_subfolder", "vae_revision", *CONDITION_SETTINGS)
         given = [name for name in overridden if getattr(config, name) is not None]
         if given:
             raise ValueError(f"init_from={config.init_from!r} brings its own {', '.join(given)}; leave them out.")
