@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset, Features, Image, Value
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 from trl import TrlParser
 
@@ -39,7 +39,7 @@ class CacheConfig:
     source: str = field(metadata={"help": "Pictures or pairs; in YAML a path or a mapping of SourceConfig's fields."})
     output_dir: str = field(metadata={"help": "Folder of the cache."})
     init_from: str | None = field(default=None, metadata={"help": "Pipeline whose frozen parts to use."})
-    preset: str = field(default="base", metadata={"help": "Or the preset whose parts to use."})
+    preset: str | None = field(default=None, metadata={"help": "Or the preset whose parts to use. Default: base."})
     mllm: str | None = field(default=None, metadata={"help": "In place of the preset's: folder or Hub id."})
     vae: str | None = field(default=None, metadata={"help": "In place of the preset's: folder or Hub id."})
     vae_subfolder: str | None = field(default=None, metadata={"help": "Its folder inside `vae`."})
@@ -71,6 +71,14 @@ class CacheConfig:
     def __post_init__(self):
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"jpeg_quality must be from 1 to 100, got {self.jpeg_quality}; leave it out for PNG.")
+        for name in ("samples_per_shard", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        given = [name for name in ("preset", "mllm", "vae", "vae_subfolder") if getattr(self, name) is not None]
+        if self.init_from is not None and given:
+            raise ValueError(f"init_from={self.init_from!r} brings its own parts; leave out {', '.join(given)}.")
+        if self.vae is None and self.vae_subfolder is not None:
+            raise ValueError(f"vae_subfolder={self.vae_subfolder!r} is a folder inside `vae`, which is missing.")
 
 
 @torch.no_grad()
@@ -101,7 +109,7 @@ def compute(parts: FrozenParts, samples: list[dict[str, Any]], config: CacheConf
 def load_parts(config: CacheConfig) -> tuple[FrozenParts, int]:
     """The frozen parts, and the resolution at which they are used."""
     if config.init_from is None:
-        preset = get_preset(config.preset)
+        preset = get_preset(config.preset or "base")
         parts = load_frozen_parts(preset, config.mllm, config.vae, config.vae_subfolder)
         return parts, config.resolution or preset.resolution
     pipeline = IOMMPipeline.from_pretrained(config.init_from, dtype=torch.float32)
@@ -132,17 +140,14 @@ def push(folder: Path, config: CacheConfig):
     DatasetCard(f"---\n{data}\n---\n\n{text}\n").save(folder / "README.md")
     # Where the originals lie, perhaps on this machine, concerns no reader.
     info = {name: value for name, value in json.loads((folder / CACHE_FILE).read_text()).items() if name != "source"}
-    api.upload_file(
-        repo_id=repo,
+    # One commit: hashes beside another cache's latents would pass for their own.
+    files = {file.name: file for file in (*sorted(folder.glob("train-*.parquet")), folder / "README.md")}
+    contents = files | {CACHE_FILE: json.dumps(info, indent=2).encode()}
+    api.create_commit(
+        repo,
+        [CommitOperationAdd(name, content) for name, content in contents.items()],
+        commit_message="Push with iomm-hf",
         repo_type="dataset",
-        path_or_fileobj=json.dumps(info, indent=2).encode(),
-        path_in_repo=CACHE_FILE,
-    )
-    api.upload_folder(
-        repo_id=repo,
-        repo_type="dataset",
-        folder_path=folder,
-        allow_patterns=["train-*.parquet", "README.md"],
     )
     print(f"Pushed: {api.endpoint}/datasets/{repo}")
 

@@ -1,12 +1,15 @@
-"""Files that appear whole under their name or not at all, whatever ends the process that writes them."""
+"""Files and folders that appear whole under their name or not at all, whatever ends the process that writes them."""
 
 import json
+import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
 
 TEMPORARY = ".writing-"  # begins the name of what is not whole yet, which a killed process may leave behind
+REPLACED = ".replaced-"  # of a folder that is deleted as soon as another lies in its place
 
 
 def write_whole(path: Path, content: bytes, scratch: Path | None = None):
@@ -47,3 +50,55 @@ def write_whole(path: Path, content: bytes, scratch: Path | None = None):
 def write_json(path: Path, content: Any):
     """The same for JSON, indented."""
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def begin_folder(path: Path) -> Path:
+    """An empty folder under a temporary name, to be filled and given to [`replace_folder`]. What a killed process left of an
+    earlier one is deleted, and what it was about to replace is brought back."""
+    bring_back(path)
+    temporary = path.with_name(TEMPORARY + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def replace_folder(path: Path):
+    r"""
+    Gives the folder of [`begin_folder`] its name. A folder that it replaces is deleted last, so that one of them is whole at
+    any moment.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "model"
+    >>> for content in ("old", "new"):
+    ...     _ = (begin_folder(path) / "weights").write_text(content)
+    ...     replace_folder(path)
+    >>> (path / "weights").read_text(), [folder.name for folder in path.parent.iterdir()]
+    ('new', ['model'])
+    ```
+    """
+    if path.exists():
+        path.rename(path.with_name(REPLACED + path.name))
+    path.with_name(TEMPORARY + path.name).rename(path)
+    flush(path.parent)
+    bring_back(path)
+
+
+def bring_back(path: Path):
+    """Ends a folder's replacement that was cut short: the old one returns, unless the new one is there."""
+    replaced = path.with_name(REPLACED + path.name)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(path)
+
+
+def flush(path: Path):
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

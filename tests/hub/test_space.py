@@ -64,6 +64,15 @@ def test_what_cannot_be_published_ends_with_two(tmp_path, arguments, message):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_demo_of_ones_own_is_not_written_over(tmp_path):
+    names = {"README.md", "app.py", "requirements.txt", "thesis.txt"}
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    done = publish("me/demo", "--output", str(tmp_path), "--dry-run")
+    assert done.exit_code == 2 and "holds something else than a written Space" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == names and (tmp_path / "app.py").read_text() == "mine"
+
+
 UPLOAD = """
 from iomm_hf.hub.space import publish_space
 from huggingface_hub import HfApi

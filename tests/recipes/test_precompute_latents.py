@@ -222,3 +222,17 @@ def test_a_cache_belongs_to_what_sees_and_not_to_what_speaks(processor):
         next(mllm.model.multi_modal_projector.parameters()).add_(1)
     after = cache_identity(mllm, vae, 64)
     assert [name for name in before if after[name] != before[name]] == ["vision tower"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples_per_shard": 0}, "samples_per_shard must be positive, got 0"),
+        ({"batch_size": -1}, "batch_size must be positive, got -1"),
+        ({"init_from": "run/final"}, "init_from='run/final' brings its own parts; leave out preset, mllm, vae"),
+        ({"vae": None, "vae_subfolder": "vae"}, "vae_subfolder='vae' is a folder inside `vae`, which is missing"),
+    ],
+)
+def test_what_would_never_end_or_do_nothing_is_refused(module, settings, change, message):
+    with pytest.raises(ValueError, match=message):
+        module.CacheConfig(**{"source": "x", "output_dir": "y"} | settings | change)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from iomm_hf.files import write_json
-from iomm_hf.training.checkpoints import remove_leftovers, whole_folder
+from iomm_hf.training.checkpoints import list_checkpoints, remove_leftovers, rotate, whole_folder
 
 
 def write_whole(path: Path, content: str):
@@ -63,9 +63,30 @@ def test_one_of_two_folders_is_whole_at_any_moment(tmp_path, monkeypatch, module
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(torch.OutOfMemoryError("on the GPU"), torch.OutOfMemoryError), (RuntimeError("full"), OSError)],
+    [
+        (torch.OutOfMemoryError("on the GPU"), torch.OutOfMemoryError),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), OSError),
+        (RuntimeError("a shape"), RuntimeError),
+    ],
 )
 def test_only_what_writing_fails_for_is_called_a_full_disk(tmp_path, error, raised):
     with pytest.raises(raised), whole_folder(tmp_path / "checkpoint", Accelerator(cpu=True)):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-0000000{step}" / "state").mkdir(parents=True)
+        (tmp_path / f"checkpoint-0000000{step}" / "state" / "trainer.json").write_text("{}")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(tmp_path, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000002"]
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]

@@ -106,9 +106,11 @@ def write_card(
     data: str | None = None,
     cost: str | None = None,
     limits: str | None = None,
+    step: int | None = None,
 ):
-    """Writes `README.md` into an exported folder, with `benchmark` also the scores as `.eval_results/<name>.yaml`."""
-    settings, seen = read_run(run) if run is not None else ({}, {})
+    """Writes `README.md` into an exported folder, with `benchmark` also the scores as `.eval_results/<name>.yaml`. `step` is the
+    run's at which the checkpoint was written, if that is not its end."""
+    settings, seen = read_run(run, step) if run is not None else ({}, {})
     sources, datasets = describe_sources(settings)
     read = [read_score(score, folder) for score in scores]
     results = [result for own, _ in read for result in own]
@@ -179,9 +181,9 @@ def _part(
     }
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_run(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     r"""
-    A run's settings and what its log says, from its `run.json` and `log.jsonl`.
+    A run's settings and what its log says until a step, by default to its end, from its `run.json` and `log.jsonl`.
 
     Raises:
         `OSError`: the folder is no run's.
@@ -190,6 +192,8 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise OSError(f"{run} holds no run.json with log.jsonl; give the output_dir of a training run.")
     started = json.loads((run / "run.json").read_text())
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    if step is not None:
+        rows = [row for row in rows if row["step"] <= step]
     seconds = images = 0.0
     for row in rows:
         seconds += (row["images"] - images) / row["images_per_second"]

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ..devices import move
+from ..files import begin_folder, replace_folder
 from ..integrity import CHECKSUMS, PICKLES, write_checksums
 from ..modeling_iomm import IOMMConditionEncoder, resolve_frozen
 from ..pipeline_iomm import PARTS, PIPELINE_FILES, IOMMPipeline
@@ -147,8 +148,7 @@ def publish(
     # 1. The folder, written here from end to end, and there whole or not at all, before anything is sent
     pipeline = IOMMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    writing = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(writing, ignore_errors=True)  # of a call that was killed
+    writing = begin_folder(output)
     references = export(folder, writing, pipeline, include_frozen)
     samples = draw_samples(pipeline, writing, prompts, num_inference_steps)
     write_card(
@@ -169,12 +169,12 @@ def publish(
         data=data,
         cost=cost,
         limits=limits,
+        step=trained_until(folder),
     )
     # The card may be edited on the Hub's pages later, so it has no sum.
     files = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
     write_checksums(writing, [name for name in files if name != "README.md"])
-    shutil.rmtree(output, ignore_errors=True)
-    writing.replace(output)
+    replace_folder(output)
     picture = output / samples[0].file
     del pipeline  # the fresh process needs the memory
     if dry_run:
@@ -271,6 +271,14 @@ def export(folder: Path, output: Path, pipeline: IOMMPipeline, include_frozen: b
     for part, module in PART_CODE.items():
         shutil.copyfile(package / f"{module}.py", output / part / f"{module}.py")
     return references
+
+
+def trained_until(folder: Path) -> int | None:
+    """The step at which a run wrote `checkpoint-*/` or `best/`; `None` for `final/`, which is of the whole run."""
+    for file in (folder / "state" / "trainer.json", folder / "score.json"):
+        if file.is_file():
+            return json.loads(file.read_text()).get("step")  # the scores of recipes/score_shapes.py name none
+    return None
 
 
 def everything_but_what_loading_needs(folder: str, names: list[str]) -> list[str]:

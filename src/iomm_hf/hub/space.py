@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import begin_folder, replace_folder
 from ..pipeline_iomm import IOMMPipeline
 from .publish import Published, on_hub, upload
 
@@ -77,13 +78,12 @@ def publish_space(
             f"A Space draws with a checkpoint on the Hub, got {checkpoint!r}. Publish it first: iomm-hf publish."
         )
     output = Path("outputs/spaces", repo_id) if output_dir is None else Path(output_dir)
-    if output.exists() and any(output.iterdir()) and not all((output / name).is_file() for name in SPACE_FILES):
+    written = {*SPACE_FILES, PACKAGE.name}  # exactly: others' Spaces and demos have the files as well
+    if output.exists() and {path.name for path in output.iterdir()} not in (set(), written):
         raise ValueError(f"{output} holds something else than a written Space; name another output_dir.")
 
     # 1. The folder, there whole or not at all, and seen to run
-    writing = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(writing, ignore_errors=True)  # of a call that was killed
-    writing.mkdir(parents=True)
+    writing = begin_folder(output)
     for name in SPACE_FILES:
         shutil.copyfile(FILES / name, writing / name)
     shutil.copytree(PACKAGE, writing / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", FILES.name))
@@ -92,8 +92,7 @@ def publish_space(
         card.data.models = [checkpoint]
         card.save(writing / "README.md")
     run_in_a_fresh_process(writing)
-    shutil.rmtree(output, ignore_errors=True)
-    writing.replace(output)
+    replace_folder(output)
     if dry_run:
         return Published(output, repo_id, None)
 

@@ -7,7 +7,7 @@ and the generator's files are shared out among the ranks: none gathers the whole
 """
 
 import json
-import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,14 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from ..files import TEMPORARY, write_json
+from ..files import REPLACED, TEMPORARY, begin_folder, bring_back, flush, replace_folder, write_json
 from ..pipeline_iomm import IOMMPipeline
 from .module import IOMMTrainingModule, local_part
 
 
 STATE = "state"
 PREFIX = "checkpoint-"
-REPLACED = ".replaced-"
 
 
 def checkpoint_name(step: int) -> str:
@@ -55,33 +54,22 @@ def remove_leftovers(output_dir: Path):
         bring_back(path.with_name(path.name.removeprefix(REPLACED)))
 
 
-def bring_back(path: Path):
-    """Ends a folder's replacement that was cut short: the old one returns, unless the new one is there."""
-    replaced = path.with_name(REPLACED + path.name)
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-    elif replaced.exists():
-        replaced.rename(path)
-
-
 @contextmanager
 def whole_folder(path: Path, accelerator: Accelerator):
     """Gives a temporary folder that becomes `path` when every rank has written its part, and vanishes on an error. A folder
     that it replaces is deleted last, so that one of them is whole at any moment."""
     temporary = path.with_name(TEMPORARY + path.name)
     if accelerator.is_main_process:
-        bring_back(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        begin_folder(path)
     accelerator.wait_for_everyone()
     try:
         yield temporary
         write_through(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        elsewhere = isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError)
-        # torch reports a full disk as RuntimeError.
-        if isinstance(error, OSError | SafetensorError | RuntimeError) and not elsewhere:
+        # torch's writer reports a full disk as RuntimeError, which everything else in torch raises as well.
+        writer = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error))
+        if writer or isinstance(error, OSError | SafetensorError):
             raise OSError(
                 f"Could not write {path}: {error}. Nothing was left under that name; earlier checkpoints are whole. Free"
                 " some space and start the same command again: the run continues from the newest one."
@@ -89,11 +77,7 @@ def whole_folder(path: Path, accelerator: Accelerator):
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if path.exists():
-            path.rename(path.with_name(REPLACED + path.name))
-        temporary.rename(path)
-        flush(path.parent)
-        bring_back(path)
+        replace_folder(path)
     accelerator.wait_for_everyone()
 
 
@@ -102,14 +86,6 @@ def write_through(folder: Path):
     for path in [*folder.rglob("*"), folder]:
         with suppress(FileNotFoundError):  # another rank's temporary name
             flush(path)
-
-
-def flush(path: Path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -300,4 +276,4 @@ def load_checkpoint(
 def rotate(output_dir: Path, keep: int):
     """Deletes all but the newest checkpoints."""
     for path in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(path.with_name(TEMPORARY + path.name)))  # half of one must not pass for a whole one
