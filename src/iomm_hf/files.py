@@ -62,10 +62,10 @@ def begin_folder(path: Path) -> Path:
     return temporary
 
 
-def replace_folder(path: Path):
+def replace_folder(new: Path, path: Path):
     r"""
-    Gives the folder of [`begin_folder`] its name. A folder that it replaces is deleted last, so that one of them is whole at
-    any moment.
+    Gives a whole folder, which [`begin_folder`] made, its name. A folder that it replaces is deleted last, so that one of them
+    is whole at any moment.
 
     Example:
 
@@ -73,15 +73,16 @@ def replace_folder(path: Path):
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "model"
     >>> for content in ("old", "new"):
-    ...     _ = (begin_folder(path) / "weights").write_text(content)
-    ...     replace_folder(path)
+    ...     new = begin_folder(path)
+    ...     _ = (new / "weights").write_text(content)
+    ...     replace_folder(new, path)
     >>> (path / "weights").read_text(), [folder.name for folder in path.parent.iterdir()]
     ('new', ['model'])
     ```
     """
     if path.exists():
         path.rename(path.with_name(REPLACED + path.name))
-    path.with_name(TEMPORARY + path.name).rename(path)
+    new.rename(path)
     flush(path.parent)
     bring_back(path)
 

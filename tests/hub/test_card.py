@@ -12,7 +12,7 @@ from iomm_hf.evaluation.geneval import summarize
 from iomm_hf.evaluation.geneval_rules import TASKS
 from iomm_hf.evaluation.harness import EvaluationConfig, evaluate
 from iomm_hf.evaluation.results import values_of
-from iomm_hf.hub.card import COMPONENTS, Reference, Sample, describe_sources, write_card
+from iomm_hf.hub.card import COMPONENTS, Reference, Sample, describe_sources, read_run, write_card
 from iomm_hf.modeling_iomm import hash_weight_files
 
 
@@ -58,6 +58,20 @@ def card(folder, pipeline, tmp_path, *contents, **options) -> ModelCard:
     samples = [Sample("a star", 0, "samples/00.png")]
     write_card(folder, "me/model", pipeline, licences, samples, steps=30, guidance=3.0, scores=files, **options)
     return ModelCard.load(folder / "README.md")
+
+
+def test_figures_of_a_run_end_at_the_step_of_the_checkpoint(folder, pipeline, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "versions": {}, "commit": None}))
+    rows = [{"step": s, "images": 32 * s, "loss": float(s), "images_per_second": 32 / 72} for s in (50, 100, 150)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {None: ("4,800", "150", "100.0000", "3.00"), 120: ("3,840", "120", "75.0000", "2.00")}
+    for step, (images, steps, loss, hours) in expected.items():
+        _, seen = read_run(tmp_path, step)
+        assert (seen["pictures seen"], seen["steps taken"]) == (images, steps)
+        assert seen["last logged loss"].startswith(loss) and seen["time"].startswith(f"{hours} hours by the clock")
+    assert read_run(tmp_path, 20)[1] == {"steps taken": "20"}  # nothing was logged by then
+    text = card(folder, pipeline, tmp_path, run=tmp_path, step=50).text
+    assert "| pictures seen | 1,600 |" in text and "1.00 hours by the clock in 50 training steps" in text
 
 
 def test_results_are_the_cards_metadata_and_tables(folder, pipeline, tmp_path):

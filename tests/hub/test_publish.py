@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.cli import app
-from iomm_hf.hub.publish import REMOTE_CODE
+from iomm_hf.hub.publish import REMOTE_CODE, trained_until
 from iomm_hf.integrity import CHECKSUMS
 from iomm_hf.modeling_iomm import hash_weight_files
 from iomm_hf.testing.hub_server import HubError
@@ -311,6 +311,19 @@ def test_frozen_parts_in_or_out_private_on_a_branch_and_dry(hub, client, frozen,
     assert (whole / "vae/diffusion_pytorch_model.safetensors").is_file() and not (whole / "state").exists()
     assert [n for n in load_file(whole / "text_encoder/model.safetensors") if n.startswith("mllm.")]
     assert hub.resolve("user/public").id == before
+
+
+def test_checkpoints_and_best_know_their_step_and_final_is_of_the_whole_run(tmp_path):
+    for name, file, content in (
+        ("checkpoint-00000004", "state/trainer.json", {"step": 4}),
+        ("best", "score.json", {"step": 2, "overall": 0.5}),
+        ("scored", "score.json", {"model": {}}),  # of recipes/score_shapes.py, written into the folder
+        ("final", "model_index.json", {}),
+    ):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_text(json.dumps(content))
+    steps = {path.name: trained_until(path) for path in tmp_path.iterdir()}
+    assert steps == {"checkpoint-00000004": 4, "best": 2, "scored": None, "final": None}
 
 
 def test_nothing_is_published_without_a_licence_for_each_part_or_with_a_pickle(tmp_path):

@@ -46,6 +46,10 @@ def test_a_dry_run_writes_a_space_that_runs_without_the_installed_package(tmp_pa
     assert not any(re.search(r"__pycache__|\.pyc|^\.", name) for name in report["files"])
     assert yaml.safe_load((tmp_path / "space/README.md").read_text().split("---\n")[1])["models"] == ["me/model"]
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
+    done = publish("me/demo", "--dry-run", "--output", str(tmp_path / "space"))
+    assert done.exit_code == 0, done.output
+    assert "me/model" not in (tmp_path / "space/README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["space"]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +69,9 @@ def test_what_cannot_be_published_ends_with_two(tmp_path, arguments, message):
 
 
 def test_a_demo_of_ones_own_is_not_written_over(tmp_path):
-    names = {"README.md", "app.py", "requirements.txt", "thesis.txt"}
-    for name in names:
+    names = {"README.md", "app.py", "requirements.txt", "thesis.txt", ".git"}
+    (tmp_path / ".git").mkdir()
+    for name in names - {".git"}:
         (tmp_path / name).write_text("mine")
     done = publish("me/demo", "--output", str(tmp_path), "--dry-run")
     assert done.exit_code == 2 and "holds something else than a written Space" in done.stderr

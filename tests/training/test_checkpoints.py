@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from iomm_hf.files import write_json
 from iomm_hf.training.checkpoints import list_checkpoints, remove_leftovers, rotate, whole_folder
@@ -66,6 +67,9 @@ def test_one_of_two_folders_is_whole_at_any_moment(tmp_path, monkeypatch, module
     [
         (torch.OutOfMemoryError("on the GPU"), torch.OutOfMemoryError),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), OSError),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"), OSError),
+        (RuntimeError("basic_ios::clear: iostream error"), OSError),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError),
         (RuntimeError("a shape"), RuntimeError),
     ],
 )
@@ -79,8 +83,10 @@ def test_what_a_kill_left_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch)
     for step in (1, 2):
         (tmp_path / f"checkpoint-0000000{step}" / "state").mkdir(parents=True)
         (tmp_path / f"checkpoint-0000000{step}" / "state" / "trainer.json").write_text("{}")
+        (tmp_path / f"checkpoint-0000000{step}" / "weights").touch()
 
     def killed(path):
+        (path / "weights").unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)

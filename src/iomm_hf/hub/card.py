@@ -198,15 +198,17 @@ def read_run(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[s
     for row in rows:
         seconds += (row["images"] - images) / row["images_per_second"]
         images = row["images"]
-    seen = {}
+    seen = {} if step is None else {"steps taken": f"{step:,}"}
     if rows:
+        logged = rows[-1]["step"]  # the checkpoint may be of a step between two lines of the log
+        taken = step or logged
         last = [row["loss"] for row in rows[-10:] if "loss" in row]
         seen = {
-            "pictures seen": f"{int(images):,}",
-            "steps taken": f"{rows[-1]['step']:,}",
+            "pictures seen": f"{int(images) * taken // logged:,}",
+            "steps taken": f"{taken:,}",
             "last logged loss": f"{sum(last) / len(last):.4f} (mean of the last {len(last)} lines of the log)",
             "pictures a second": f"{images / seconds:.1f}",
-            "time": f"{seconds / 3600:.2f} hours by the clock in training steps, without set-up, evaluation and saving.",
+            "time": f"{seconds / 3600:.2f} hours by the clock in {logged:,} training steps, without set-up, evaluation and saving.",
         }
     software = {
         "versions": started["versions"],

@@ -174,7 +174,7 @@ def publish(
     # The card may be edited on the Hub's pages later, so it has no sum.
     files = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
     write_checksums(writing, [name for name in files if name != "README.md"])
-    replace_folder(output)
+    replace_folder(writing, output)
     picture = output / samples[0].file
     del pipeline  # the fresh process needs the memory
     if dry_run:

@@ -92,7 +92,7 @@ def publish_space(
         card.data.models = [checkpoint]
         card.save(writing / "README.md")
     run_in_a_fresh_process(writing)
-    replace_folder(output)
+    replace_folder(writing, output)
     if dry_run:
         return Published(output, repo_id, None)
 

@@ -67,8 +67,9 @@ def whole_folder(path: Path, accelerator: Accelerator):
         write_through(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # torch's writer reports a full disk as RuntimeError, which everything else in torch raises as well.
-        writer = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error))
+        # torch's writer reports a full disk as RuntimeError, in three wordings; torch raises that for everything else as well.
+        wordings = "PytorchStreamWriter|inline_container|iostream"
+        writer = isinstance(error, RuntimeError) and re.search(wordings, str(error))
         if writer or isinstance(error, OSError | SafetensorError):
             raise OSError(
                 f"Could not write {path}: {error}. Nothing was left under that name; earlier checkpoints are whole. Free"
@@ -77,7 +78,7 @@ def whole_folder(path: Path, accelerator: Accelerator):
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        replace_folder(path)
+        replace_folder(temporary, path)
     accelerator.wait_for_everyone()
 
 
