@@ -92,7 +92,7 @@ def check_files(folder: Path, parts: Collection[str]):
                 )
     for expected, _, name in lines:
         file = folder / name
-        if (name != INDEX and Path(name).parts[0] not in parts) or file.suffix == CODE:
+        if (name != INDEX and name.split("/")[0] not in parts) or file.suffix == CODE:
             continue  # not read here, so perhaps not fetched
         found = sha256(file) if file.is_file() else "missing"
         if found != expected:

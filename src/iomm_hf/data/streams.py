@@ -26,7 +26,7 @@ from .images import BadImage, load_image
 from .sources import (
     READERS,
     RETRIES,
-    TABLES,
+    SELF_CONTAINED,
     SourceConfig,
     check_end_of_tar,
     ending,
@@ -144,7 +144,7 @@ class SampleStream(IterableDataset):
         self.columns = columns
         self.in_tars = "__key__" in present
         # A path in a table is its author's word, and could name any file or address; those of an imagefolder are the source's.
-        self.follows_paths = not all(READERS.get(ending(Path(file))) in TABLES for file in self.files)
+        self.follows_paths = not all(READERS.get(ending(Path(file))) in SELF_CONTAINED for file in self.files)
         is_cached = CACHE_COLUMN in present
         self.cache_info = read_cache_info(map(str, self.files)) if is_cached else None
         self.keeps_keys = is_cached and KEY_COLUMN in present
