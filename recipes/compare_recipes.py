@@ -177,7 +177,7 @@ class CompareConfig:
     num_pairs: int = field(default=1_000, metadata={"help": "Pairs, in pre-training as in fine-tuning."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Of fine-tuning. Default: the study's."})
     pretrain_seeds: int = field(
-        default=2, metadata={"help": "Pre-trainings of each kind; fine-tunings start from them in turn."}
+        default=2, metadata={"help": "Pre-trainings of each kind; later fine-tunings start from the last."}
     )
     pictures_per_task: int = field(default=200, metadata={"help": "Pictures of each of the six tasks to score."})
     held_out_pairs: int = field(default=512, metadata={"help": "New pairs whose loss is measured."})
@@ -301,6 +301,11 @@ def score_file(config: CompareConfig, arm: Arm, seed: int) -> Path:
     return Path(config.results_dir, "scores", f"{'-'.join(stages)}-seed_{seed}.json")
 
 
+def pretrain_seed(config: CompareConfig, seed: int) -> int:
+    """Of the pre-training that a fine-tuning with `seed` starts from: its own, or the last one there is."""
+    return min(seed, config.pretrain_seeds - 1)
+
+
 def train_and_score(config: CompareConfig, arm: Arm, seed: int):
     """Both stages of an arm, and its score; what is there already is used. Raises as [`train`] does."""
     path = score_file(config, arm, seed)
@@ -309,7 +314,7 @@ def train_and_score(config: CompareConfig, arm: Arm, seed: int):
     with FileLock(Path(config.output_dir, f"{path.stem}-score.lock"), timeout=0):
         if path.exists():
             return
-        first = seed % config.pretrain_seeds
+        first = pretrain_seed(config, seed)
         name = f"{name_of('pretrain', arm.pretrain, num_pairs)}-seed_{first}"
         runs = [train(config, name, pretrain | arm.pretrain, num_pairs, first, None)]
         if arm.finetune is not None:
@@ -395,7 +400,7 @@ def write_report(config: CompareConfig, name: str):
                 report = json.loads(path.read_text())
                 reports.setdefault(arm.label, {})[seed] = report
                 strips.setdefault(arm.label, path.with_suffix(".png"))
-                names = [f"{path.stem.split('-')[0]} {seed % config.pretrain_seeds}", path.stem]
+                names = [f"{path.stem.split('-')[0]} {pretrain_seed(config, seed)}", path.stem]
                 took |= {name: run["hours"] for name, run in zip(names, report["trainings"], strict=False)}
                 took |= {f"{path.stem}, its score": report["hours"]}
 
@@ -409,8 +414,8 @@ def write_report(config: CompareConfig, name: str):
     closing = [
         f"Captions of pictures as before training: {sum(of['same'] for of in said)} of {sum(of['of'] for of in said)}."
         f" {6 * config.pictures_per_task} pictures, {config.held_out_pairs} new pairs and {3 * config.edits_per_kind}"
-        f" edits a score, {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds that are"
-        f" equal modulo {config.pretrain_seeds} share a pre-training. {sum(took.values()):.1f} hours by the clock, what"
+        f" edits a score, {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds from"
+        f" {config.pretrain_seeds - 1} on share a pre-training. {sum(took.values()):.1f} hours by the clock, what"
         f" arms share counted once, on {' and '.join(devices)}. Commits of the trainings: {', '.join(sorted(commits))}.",
         "",
         f"```bash\n{command(config, name)}\n```",

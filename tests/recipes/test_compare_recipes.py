@@ -84,6 +84,20 @@ def test_only_what_is_missing_is_run(module, config, tmp_path):
         module.main(replace(config, num_pairs=4))
 
 
+def test_later_seeds_start_from_the_last_pre_training(module, config, monkeypatch):
+    monkeypatch.setattr(
+        module, "train", lambda config, name, settings, pairs, seed, init_from: trained.append((name, seed))
+    )
+    monkeypatch.setattr(module, "score", lambda *of: None)
+    arm, starts = module.STUDIES["six_recipes"].arms[0], []
+    for seed in (0, 1, 2):
+        trained: list[tuple[str, int]] = []
+        module.train_and_score(config, arm, seed)
+        assert trained[1][1] == seed and trained[1][0].endswith(f"-seed_{seed}")
+        starts.append(trained[0])
+    assert starts == [("pretrain_mix_ratio=1.0-seed_0", 0), *[("pretrain_mix_ratio=1.0-seed_1", 1)] * 2]
+
+
 def test_losses_on_new_pairs_do_not_depend_on_the_folder(module, config, tmp_path):
     pipeline = tiny_pipeline()
     here = module.held_out_losses(config, pipeline)
