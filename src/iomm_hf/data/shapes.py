@@ -277,13 +277,14 @@ def patch_labels(scene: Scene, size: int = 64, patch: int = 8, min_coverage: flo
 # Captions and metadata
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
+    """`a` or `an` before them."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _counted(count: int, words: str) -> str:
     if count == 1:
-        return _with_article(words)
+        return with_article(words)
     return f"{NUMBER_WORDS[count]} {words}{'es' if words.endswith('s') else 's'}"
 
 
@@ -335,10 +336,10 @@ def make_metadata(task: str, *words: str) -> Metadata:
     metadata: Metadata = {"tag": task}
     if task == "single_object":
         metadata["include"] = [{"class": words[0], "count": 1}]
-        metadata["prompt"] = _with_article(words[0])
+        metadata["prompt"] = with_article(words[0])
     elif task == "two_object":
         metadata["include"] = [{"class": word, "count": 1} for word in words]
-        metadata["prompt"] = f"{_with_article(words[0])} and {_with_article(words[1])}"
+        metadata["prompt"] = f"{with_article(words[0])} and {with_article(words[1])}"
     elif task == "counting":
         count = next(number for number, word in NUMBER_WORDS.items() if word == words[0])
         metadata["include"] = [{"class": words[1], "count": count}]
@@ -346,18 +347,18 @@ def make_metadata(task: str, *words: str) -> Metadata:
         metadata["prompt"] = _counted(count, words[1])
     elif task == "colors":
         metadata["include"] = [{"class": words[1], "count": 1, "color": words[0]}]
-        metadata["prompt"] = _with_article(f"{words[0]} {words[1]}")
+        metadata["prompt"] = with_article(f"{words[0]} {words[1]}")
     elif task == "position":
         # GenEval lists the reference first, so that "position" can point back at it.
         metadata["include"] = [
             {"class": words[2], "count": 1},
             {"class": words[0], "count": 1, "position": [words[1], 0]},
         ]
-        metadata["prompt"] = f"{_with_article(words[0])} {words[1]} {_with_article(words[2])}"
+        metadata["prompt"] = f"{with_article(words[0])} {words[1]} {with_article(words[2])}"
     else:
         pairs = (words[:2], words[2:])
         metadata["include"] = [{"class": shape, "count": 1, "color": color} for color, shape in pairs]
-        metadata["prompt"] = " and ".join(_with_article(f"{color} {shape}") for color, shape in pairs)
+        metadata["prompt"] = " and ".join(with_article(f"{color} {shape}") for color, shape in pairs)
     return metadata
 
 
@@ -769,6 +770,6 @@ def _describe_in_order(order: tuple[SceneObject, ...], with_colors: bool) -> str
             return None
     if relation is not None:
         names = [f"{item.color} {item.shape}" if with_colors else item.shape for item in order]
-        return f"{_with_article(names[0])} {relation} {_with_article(names[1])}"
+        return f"{with_article(names[0])} {relation} {with_article(names[1])}"
     phrases = [_counted(count, f"{color} {shape}".strip()) for (color, shape), count in groups.items()]
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)

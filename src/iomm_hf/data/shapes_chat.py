@@ -31,6 +31,7 @@ from .shapes import (
     make_metadata,
     relation_between,
     render,
+    with_article,
 )
 
 
@@ -39,9 +40,7 @@ MATCH = "Does the image show {}?"
 COUNT = "How many {} are there?"
 COLOR = "What color is the {}?"
 WHERE = "What is {} the {}?"
-DESCRIBE_SHARE = (
-    0.5  # of all examples with a picture; the other four kinds share the rest as far as a scene allows them
-)
+DESCRIBE_SHARE = 0.5  # of all examples with a picture; the other kinds share the rest as far as a scene allows them
 
 # About a text alone. A large MLLM learned on text which word belongs to which long before it saw a picture; without these a tiny
 # one reads captions as bags of words, and so does whatever is conditioned on it.
@@ -67,10 +66,6 @@ EDITS = (
 class Turn(NamedTuple):
     question: str
     answer: str
-
-
-def with_article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def plural(shape: str) -> str:
