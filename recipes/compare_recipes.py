@@ -411,11 +411,13 @@ def write_report(config: CompareConfig, name: str):
     asked: dict[str, list[int]] = {task: [] for task in TASKS}
     for item in benchmark_plan(pictures_per_task=config.pictures_per_task):
         asked[item.metadata["tag"]].append(sum(part["count"] for part in item.metadata["include"]))
+    last = config.pretrain_seeds - 1
+    shared = any(seed > last for of in reports.values() for seed in of)
     closing = [
         f"Captions of pictures as before training: {sum(of['same'] for of in said)} of {sum(of['of'] for of in said)}."
         f" {6 * config.pictures_per_task} pictures, {config.held_out_pairs} new pairs and {3 * config.edits_per_kind}"
-        f" edits a score, {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}. Seeds from"
-        f" {config.pretrain_seeds - 1} on share a pre-training. {sum(took.values()):.1f} hours by the clock, what"
+        f" edits a score, {config.num_inference_steps} sampling steps, guidance {config.guidance_scale}."
+        f"{f' Seeds from {last} on share a pre-training.' if shared else ''} {sum(took.values()):.1f} hours by the clock, what"
         f" arms share counted once, on {' and '.join(devices)}. Commits of the trainings: {', '.join(sorted(commits))}.",
         "",
         f"```bash\n{command(config, name)}\n```",
