@@ -128,6 +128,13 @@ def test_blocks_that_are_only_checked_are_few_and_named():
     assert {shlex.join(block.commands()[0]): block.only_checked for block in checked} == ONLY_CHECKED
 
 
+def test_the_listing_names_every_module_and_folder_of_the_package():
+    (listing,) = (block.code for block in blocks(README, "") if block.code.startswith("src/iomm_hf/"))
+    named = set(re.findall(r"[\w.]+(?:\.py|/)", listing.partition("spaces_demo/")[0]))
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "src/iomm_hf").iterdir()}
+    assert {name for name in there if not name.startswith("__")} == named - {"src/", "iomm_hf/"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
     named = re.findall(r"`((?:recipes|results|docs|tests|benchmarks)/[\w./*-]+)`", (DOCS / f"{page}.md").read_text())
