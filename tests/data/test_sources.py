@@ -1,8 +1,11 @@
 """Sources on the Hub are read at one commit, however the repository moves on."""
 
 import io
+import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -89,3 +92,33 @@ def test_a_set_that_changes_is_another_and_its_old_commit_the_same(hub, client, 
     hub.commit_files("user/set", {"0.tar": tar_of(["red"] * 4)}, repo_type="dataset")
     (tmp_path / "new.tar").write_bytes(tar_of(["blue"] * 4))
     client(hub.environment(tmp_path), CHANGED, path, str(tmp_path / "new.tar"))
+
+
+READ = """
+import sys
+from iomm_hf.data.sources import SourceConfig
+from iomm_hf.data.streams import SampleStream
+
+path, expected = sys.argv[1:]
+try:
+    read = str(next(iter(SampleStream(SourceConfig(path))))["image"].getpixel((0, 0)))
+except ValueError as error:
+    read = str(error)
+assert expected in read, read
+"""
+
+
+def test_paths_in_a_strangers_table_are_not_followed_whatever_its_files_are_called(hub, client, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "private.png")
+    private, table = {"image": str(tmp_path / "private.png")}, io.BytesIO()
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": private["image"]}]}), table)
+    names = "---\nconfigs:\n- config_name: default\n  data_files: [a.parquet, b.parquet, z.json]\n---\n"
+    tables = dict.fromkeys(["a.parquet", "b.parquet", "z.json"], table.getvalue())
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), "blue").save(picture, "PNG")
+    hub.commit_files("user/lines", {"train.jsonl": json.dumps(private).encode() + b"\n"}, repo_type="dataset")
+    hub.commit_files("user/tables", {"README.md": names.encode(), **tables}, repo_type="dataset")
+    hub.commit_files("user/folder", {"a.png": picture.getvalue(), "b.png": picture.getvalue()}, repo_type="dataset")
+    for name in ("user/lines", "user/tables"):
+        client(hub.environment(tmp_path / "home"), READ, name, "skipped: {'no_image': ")
+    client(hub.environment(tmp_path / "home"), READ, "user/folder", "(0, 0, 255)")

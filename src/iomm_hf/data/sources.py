@@ -27,7 +27,6 @@ from .images import MAX_PIXELS, MIN_SIDE
 
 READERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".parquet": "parquet"}
 READERS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "imagefolder")
-SELF_CONTAINED = ("webdataset", "parquet")  # readers of files that hold the pictures themselves
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # captions beside the files of an imagefolder
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 HUB = "hf://datasets/"

@@ -24,9 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .cache import CACHE_COLUMN, KEY_COLUMN, read_cache_info, unpack
 from .images import BadImage, load_image
 from .sources import (
-    READERS,
     RETRIES,
-    SELF_CONTAINED,
     SourceConfig,
     check_end_of_tar,
     ending,
@@ -144,7 +142,7 @@ class SampleStream(IterableDataset):
         self.columns = columns
         self.in_tars = "__key__" in present
         # A path in a table is its author's word, and could name any file or address; those of an imagefolder are the source's.
-        self.follows_paths = not all(READERS.get(ending(Path(file))) in SELF_CONTAINED for file in self.files)
+        self.follows_paths = dataset.info.builder_name == "imagefolder"
         is_cached = CACHE_COLUMN in present
         self.cache_info = read_cache_info(map(str, self.files)) if is_cached else None
         self.keeps_keys = is_cached and KEY_COLUMN in present
