@@ -2,8 +2,10 @@
 
 import pytest
 
+from iomm_hf.presets import get_preset
 from iomm_hf.training import FinetuneConfig, LoraTrainingConfig, PretrainConfig
 from iomm_hf.training.config import changed_settings
+from iomm_hf.training.setup import load_frozen_parts
 
 
 PAIRS = [{"path": "y", "caption_column": "txt"}]
@@ -47,3 +49,19 @@ def test_what_would_fail_later_or_do_nothing_is_refused(settings, message):
 def test_a_run_records_no_preset_of_which_it_takes_nothing():
     assert PretrainConfig(images=["x"], init_from="tiny-run/final", mask_ratio=0.5).preset is None
     assert PretrainConfig(images=["x"]).preset == "base"
+    assert LoraTrainingConfig(images=["x"]).preset is None
+
+
+def test_a_preset_of_which_nothing_is_taken_does_not_stop_a_run():
+    begun = {"images": ["x"], "init_from": "tiny-run/final", "mask_ratio": 0.5}
+    before, now = PretrainConfig(**begun, preset="base").to_dict(), PretrainConfig(**begun).to_dict()
+    assert changed_settings(before, now) == []
+    assert changed_settings(before, PretrainConfig(**begun | {"mask_ratio": 0.4}).to_dict()) == [
+        "mask_ratio: 0.5 -> 0.4"
+    ]
+
+
+@pytest.mark.parametrize("part", ["mllm", "vae"])
+def test_a_revision_of_what_comes_with_the_package_is_refused(part):
+    with pytest.raises(ValueError, match=f"{part}_revision='v1' is of a part on the Hub: name it as {part}"):
+        load_frozen_parts(get_preset("tiny"), **{f"{part}_revision": "v1"})

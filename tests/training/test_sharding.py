@@ -262,5 +262,7 @@ def test_a_sharded_run_resumes_exactly_and_writes_pipelines(pipeline, settings, 
         frozen = pipeline.text_encoder.mllm.state_dict()
         assert all(torch.equal(value, frozen[name]) for name, value in pipe.text_encoder.mllm.state_dict().items())
     assert not (run / last / "vae").exists() and (run / "final/vae").is_dir()
-    with pytest.raises(Exception, match="written by 2 processes and cannot be resumed exactly by 3"):
+    with pytest.raises(
+        Exception, match="written by 2 processes and .* by 3. Launch as many, or start a new .*--init_from"
+    ):
         on_ranks(3, train, PretrainConfig(**settings | {"max_steps": 3}))

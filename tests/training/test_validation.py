@@ -57,6 +57,16 @@ def test_other_sampling_beats_no_record_and_has_none_to_beat(settings):
         assert json.loads((final.parent / "best" / "score.json").read_text())["step"] == best
 
 
+def test_records_of_before_sampling_was_noted_are_to_be_beaten(settings):
+    scored = {"max_steps": 2, "save_every": 1, "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}
+    folder = train(PretrainConfig(**settings | scored)).parent
+    old = {"step": 1, "overall": 0.9, "pictures": 6}
+    (folder / "evals.jsonl").write_text(json.dumps(old) + "\n")
+    (folder / "best" / "score.json").write_text(json.dumps(old))
+    train(PretrainConfig(**settings | scored | {"max_steps": 3}))
+    assert json.loads((folder / "best" / "score.json").read_text()) == old
+
+
 def test_scoring_changes_nothing_that_is_trained(settings, tmp_path):
     train(PretrainConfig(**settings | {"max_steps": 4}))
     scored = {"output_dir": str(tmp_path / "scored"), "eval_every": 1, "eval_pictures": 1, "validation_steps": 1}

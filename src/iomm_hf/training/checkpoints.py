@@ -244,9 +244,11 @@ def load_checkpoint(
     module: IOMMTrainingModule,
     optimizers: list[Optimizer],
     ema: EMAModel | None,
+    otherwise: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     r"""
-    Restores weights, averages, optimizers and random states; returns this rank's and the trainer's state.
+    Restores weights, averages, optimizers and random states; returns this rank's and the trainer's state. `otherwise` says what
+    to do where that cannot be.
 
     Raises:
         `ValueError`: the run had another number of ranks.
@@ -256,7 +258,7 @@ def load_checkpoint(
     if trainer_state["num_processes"] != accelerator.num_processes:
         raise ValueError(
             f"{path} was written by {trainer_state['num_processes']} processes and cannot be resumed exactly by"
-            f" {accelerator.num_processes}. Launch as many, or start a new output_dir with --init_from {path}."
+            f" {accelerator.num_processes}. Launch as many, or {otherwise}."
         )
     accelerator.load_state(str(state))
     trained = module.trainable_state()

@@ -318,9 +318,9 @@ class LoraTrainingConfig(TrainingConfig):
             raise ValueError("Give pictures, --images FOLDER, or pictures with text, `pairs:` in the YAML file.")
         if not (self.images and self.pairs):
             self.mix_ratio = 1.0 if self.images else 0.0
-        super().__post_init__()
         if self.init_from is None:
             self.init_from = str(shipped_model())
+        super().__post_init__()
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be positive, got {self.lora_rank}.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
@@ -375,6 +375,8 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         free |= {"max_steps"}
     else:
         why["max_steps"] = f", over which lr_scheduler {now['lr_scheduler']} spreads the rate"
+    if now["init_from"] is not None and now["mask_ratio"] is not None:
+        free |= {"preset"}  # decides nothing there
     return [
         f"{name}: {saved.get(name)!r} -> {value!r}{why.get(name, '')}"
         for name, value in now.items()

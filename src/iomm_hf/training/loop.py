@@ -211,11 +211,12 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     skipped: Counter[str] = Counter()
     recent: list[dict[str, float]] = []  # losses since the last line of the log
     if checkpoint is not None:
-        rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, optimizers, ema)
+        anew = config.start_anew(checkpoint)
+        rank_state, trainer_state = load_checkpoint(checkpoint, accelerator, module, optimizers, ema, otherwise=anew)
         if "recent" not in rank_state:
             raise ValueError(
                 f"{checkpoint} was written by an earlier iomm-hf, which did not keep all that an exact resume needs. Go on"
-                f" with the version and commit in run.json, or {config.start_anew(checkpoint)}."
+                f" with the version and commit in run.json, or {anew}."
             )
         loader.load_state_dict(rank_state["loader"])
         for scheduler, state in zip(schedulers, trainer_state["schedulers"], strict=True):

@@ -66,10 +66,14 @@ def load_frozen_parts(
 
     Raises:
         `OSError`: one of them is found nowhere.
+        `ValueError`: a revision of one that comes with this package.
     """
     if vae is None:
         vae, vae_subfolder = preset.vae, preset.vae_subfolder
     mllm = mllm or preset.mllm
+    for part, name, revision in (("mllm", mllm, mllm_revision), ("vae", vae, vae_revision)):
+        if name is None and revision is not None:
+            raise ValueError(f"{part}_revision={revision!r} is of a part on the Hub: name it as {part}.")
     mllm_reference: dict[str, str | None] = {}
     vae_reference: dict[str, str | None] = {}
     if mllm is None:

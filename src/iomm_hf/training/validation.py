@@ -92,8 +92,9 @@ def evaluate(
         earlier = [json.loads(line) for line in scores.read_text().splitlines()] if scores.exists() else []
         with scores.open("a") as log:
             log.write(json.dumps(row | how) + "\n")
-        # Scores of fewer pictures or other sampling are no record to beat.
-        is_best = overall > max((old["overall"] for old in earlier if old.items() >= how.items()), default=-1.0)
+        # Scores of fewer pictures or other sampling are no record to beat; earlier versions did not note how they sampled.
+        alike = [old for old in earlier if all(old.get(name, value) == value for name, value in how.items())]
+        is_best = overall > max((old["overall"] for old in alike), default=-1.0)
     (row, is_best) = broadcast_object_list([row, is_best])
     accelerator.log({f"shapes/{name}": value for name, value in row.items() if name != "step"}, step=step)
     if is_best:
