@@ -190,6 +190,8 @@ class CompareConfig:
     )
 
     def __post_init__(self):
+        if self.pretrain_seeds < 1:
+            raise ValueError(f"pretrain_seeds must be positive, got {self.pretrain_seeds}.")
         if self.studies == ["all"]:
             self.studies = list(STUDIES)
         if unknown := [name for name in self.studies if name not in STUDIES]:

@@ -450,13 +450,6 @@ def test_processor_folder_and_kwargs(pipe, tmp_path):
         processor(text=text, images=image, truncation=True, max_length=3)
 
 
-def test_diffusers_own_cutoff_ends_guidance_as_an_interval_does(pipe):
-    kwargs = {"prompt": ["a star", "a ring"], "latents": noise(2), "num_inference_steps": 4}
-    cut_off = draw(pipe, **kwargs, callback_on_step_end=EndGuidance(cutoff_step_ratio=None, cutoff_step_index=1))
-    assert (cut_off - draw(pipe, **kwargs, guidance_interval=(0.0, 0.5))).abs().max() < 1e-4
-    assert (cut_off - draw(pipe, **kwargs)).abs().max() > 1e-4
-
-
 class EndGuidance(PipelineCallback):
     """As diffusers' `SDCFGCutoffCallback`, whose `prompt_embeds` hold both branches."""
 
@@ -464,8 +457,34 @@ class EndGuidance(PipelineCallback):
 
     def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
         if step_index == self.config.cutoff_step_index:
-            pipeline._guidance_scale = 0.0
+            pipeline._guidance_scale = 1.0
+            pipeline._image_guidance_scale = None
         return callback_kwargs
+
+
+@pytest.mark.parametrize(
+    "cutoff, more",
+    [
+        (SDCFGCutoffCallback, {"prompt": "a star", "latents": noise(1)}),  # diffusers' own is for one prompt
+        (EndGuidance, {"prompt": ["a star", "a ring"], "latents": noise(2)}),
+        (EndGuidance, {"prompt": "a star", "image": Image.new("RGB", (64, 64)), "image_guidance_scale": 1.5}),
+    ],
+    ids=["diffusers", "batch", "image"],
+)
+def test_a_callback_ends_guidance_as_an_interval_does(pipe, cutoff, more):
+    kwargs = {"latents": noise(1), "num_inference_steps": 4} | more
+    cut_off = draw(pipe, **kwargs, callback_on_step_end=cutoff(cutoff_step_ratio=None, cutoff_step_index=1))
+    assert (cut_off - draw(pipe, **kwargs, guidance_interval=(0.0, 0.5))).abs().max() < 1e-4
+    assert (cut_off - draw(pipe, **kwargs)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_conditions_of_a_wrong_shape_are_named(pipe, name):
+    with torch.no_grad():
+        embeds, _, negative, _ = pipe.encode_prompt(["a star"])
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    with pytest.raises(ValueError, match=rf"`{name}` must have the shape \(batch, rows, "):
+        draw(pipe, **given | {name: given[name][0]})
 
 
 def test_a_callback_may_not_return_fewer_conditions(pipe):

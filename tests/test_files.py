@@ -2,7 +2,7 @@
 
 import pytest
 
-from iomm_hf.files import TEMPORARY, write_json, write_whole
+from iomm_hf.files import TEMPORARY, begin_folder, replace_folder, write_json, write_whole
 
 
 def test_a_file_replaces_another_whole_and_leaves_nothing_beside_it(tmp_path):
@@ -28,3 +28,14 @@ def test_a_scratch_folder_keeps_the_targets_folder_clean(tmp_path, monkeypatch):
     [temporary] = seen
     assert temporary.parent == tmp_path / "scratch" and temporary.name.startswith(TEMPORARY)
     assert (tmp_path / "out/a.png").read_bytes() == b"a" and list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    for content in ("old", "new"):
+        writing = begin_folder(tmp_path / "out")
+        (writing / "weights").write_text(content)
+        replace_folder(writing, tmp_path / "out")
+    assert (tmp_path / "big/weights").read_text() == "new" and (tmp_path / "out").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "out"}

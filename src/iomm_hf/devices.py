@@ -1,8 +1,7 @@
 """Where a pipeline runs."""
 
-import os
-
 import torch
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 
@@ -17,7 +16,7 @@ def default_device() -> str:
     True
     ```
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return "cpu"
     if torch.cuda.is_available():  # asked this way, ZeroGPU answers yes where it will only later lend a GPU
         return "cuda"

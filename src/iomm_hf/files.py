@@ -53,8 +53,9 @@ def write_json(path: Path, content: Any):
 
 
 def begin_folder(path: Path) -> Path:
-    """An empty folder under a temporary name, to be filled and given to [`replace_folder`]. What a killed process left of an
-    earlier one is deleted, and what it was about to replace is brought back."""
+    """An empty folder under a temporary name beside `path`, or beside what it links to, to be filled and given to
+    [`replace_folder`]. What a killed process left of an earlier one is deleted, and what it was about to replace is brought back."""
+    path = path.resolve()
     bring_back(path)
     temporary = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,6 +81,7 @@ def replace_folder(new: Path, path: Path):
     ('new', ['model'])
     ```
     """
+    path = path.resolve()
     if path.exists():
         path.rename(path.with_name(REPLACED + path.name))
     new.rename(path)

@@ -354,14 +354,14 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
         references = as_picture_lists(image)
-        check_conditions(
-            prompt, references, negative_prompt, prompt_embeds, negative_prompt_embeds, image_guidance_scale
-        )
         channels = condition_width(self.transformer)
         if prompt_embeds is not None:
             check_embeds("prompt_embeds", prompt_embeds, prompt_embeds_mask, channels)
         if negative_prompt_embeds is not None:
             check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask, channels)
+        check_conditions(
+            prompt, references, negative_prompt, prompt_embeds, negative_prompt_embeds, image_guidance_scale
+        )
         check_scheduler(self.scheduler, sigmas)
         check_sampling(
             height,
@@ -475,7 +475,8 @@ class IOMMPipeline(DiffusionPipeline, IOMMLoraLoaderMixin):
                         if replaced.shape != (wanted := tensors["prompt_embeds"].shape):
                             raise ValueError(
                                 f"The callback returned prompt_embeds of the shape {tuple(replaced.shape)}, expected"
-                                f" {tuple(wanted)}. To end guidance, set a guidance_scale of 1; the branches follow."
+                                f" {tuple(wanted)}. To end guidance, set `pipe._guidance_scale = 1`, and where there is one"
+                                " `pipe._image_guidance_scale = None`; the branches follow."
                             )
                         condition = torch.cat([condition[:-batch_size], replaced])
                 progress_bar.update()

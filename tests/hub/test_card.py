@@ -70,6 +70,8 @@ def test_figures_of_a_run_end_at_the_step_of_the_checkpoint(folder, pipeline, tm
         assert (seen["pictures seen"], seen["steps taken"]) == (images, steps)
         assert seen["last logged loss"].startswith(loss) and seen["time"].startswith(f"{hours} hours by the clock")
     assert read_run(tmp_path, 20)[1] == {"steps taken": "20"}  # nothing was logged by then
+    (tmp_path / "log.jsonl").write_text(json.dumps(rows[0] | {"loss": 0.0}).replace('"loss": 0.0, ', "") + "\n")
+    assert "last logged loss" not in read_run(tmp_path)[1]
     text = card(folder, pipeline, tmp_path, run=tmp_path, step=50).text
     assert "| pictures seen | 1,600 |" in text and "1.00 hours by the clock in 50 training steps" in text
 

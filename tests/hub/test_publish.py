@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from iomm_hf import IOMMPipeline, shipped_model
 from iomm_hf.cli import app
-from iomm_hf.hub.publish import REMOTE_CODE, trained_until
+from iomm_hf.hub.publish import REMOTE_CODE, everything_but_what_loading_needs, trained_until
 from iomm_hf.integrity import CHECKSUMS
 from iomm_hf.modeling_iomm import hash_weight_files
 from iomm_hf.testing.hub_server import HubError
@@ -324,6 +324,14 @@ def test_checkpoints_and_best_know_their_step_and_final_is_of_the_whole_run(tmp_
         (tmp_path / name / file).write_text(json.dumps(content))
     steps = {path.name: trained_until(path) for path in tmp_path.iterdir()}
     assert steps == {"checkpoint-00000004": 4, "best": 2, "scored": None, "final": None}
+
+
+def test_folders_inside_a_part_are_published_and_hidden_ones_are_not(tmp_path):
+    for name in ("chat_templates/tool.jinja", ".cache/found.json", "notes/todo.docx"):
+        (tmp_path / "part" / name).parent.mkdir(parents=True)
+        (tmp_path / "part" / name).write_text("x")
+    shutil.copytree(tmp_path / "part", tmp_path / "out", ignore=everything_but_what_loading_needs)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["tool.jinja"]
 
 
 def test_nothing_is_published_without_a_licence_for_each_part_or_with_a_pickle(tmp_path):

@@ -212,6 +212,8 @@ def test_an_unknown_study_is_refused(module):
         module.CompareConfig(studies=["colours"])
     with pytest.raises(ValueError, match=r"Unknown arms \['zero'\]; choose of residual; plain"):
         module.CompareConfig(studies=["adapter"], arms=["residual", "zero"])
+    with pytest.raises(ValueError, match="pretrain_seeds must be positive, got 0"):
+        module.CompareConfig(pretrain_seeds=0)
     with pytest.raises(ValueError, match=r"None of the arms \['residual'\] is one of queries: leave it out"):
         module.CompareConfig(studies=["adapter", "queries"], arms=["residual"])
 

@@ -88,7 +88,10 @@ def condition_losses(
     if len(chosen) < 2 or batch_size < 2 or len(chosen) % batch_size == 1:
         raise ValueError(f"{len(chosen)} pictures in batches of {batch_size} leave one without another's condition.")
     if (different := len({sample["key"] for sample in chosen})) < len(chosen):  # an endless stream began anew
-        raise ValueError(f"{len(chosen)} pictures were asked for and only {different} are there: ask for those.")
+        raise ValueError(
+            f"{len(chosen)} pictures were asked for, but a source began anew before: {different} of them are different. Ask"
+            " for fewer, or measure each source by itself."
+        )
     module = IOMMTrainingModule(pipeline.text_encoder, pipeline.transformer, pipeline.vae, mask_ratio).eval()
     device = pipeline.device
     own, other = torch.zeros(draws, len(chosen)), torch.zeros(draws, len(chosen))

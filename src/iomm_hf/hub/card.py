@@ -206,10 +206,11 @@ def read_run(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[s
         seen = {
             "pictures seen": f"{int(images) * taken // logged:,}",
             "steps taken": f"{taken:,}",
-            "last logged loss": f"{sum(last) / len(last):.4f} (mean of the last {len(last)} lines of the log)",
             "pictures a second": f"{images / seconds:.1f}",
             "time": f"{seconds / 3600:.2f} hours by the clock in {logged:,} training steps, without set-up, evaluation and saving.",
         }
+        if last:
+            seen["last logged loss"] = f"{sum(last) / len(last):.4f} (mean of the last {len(last)} lines of the log)"
     software = {
         "versions": started["versions"],
         "commit": started["commit"],

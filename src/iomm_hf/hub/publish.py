@@ -283,7 +283,11 @@ def trained_until(folder: Path) -> int | None:
 
 def everything_but_what_loading_needs(folder: str, names: list[str]) -> list[str]:
     kept = {pattern.removeprefix("*") for pattern in PIPELINE_FILES if pattern.startswith("*")}
-    return [name for name in names if Path(name).suffix not in kept]
+    return [
+        name
+        for name in names
+        if name.startswith(".") or not (Path(name).suffix in kept or Path(folder, name).is_dir())
+    ]
 
 
 def rewrite(encoder: IOMMConditionEncoder, folder: Path, include_frozen: bool):
