@@ -58,6 +58,7 @@ def remove_leftovers(output_dir: Path):
 def whole_folder(path: Path, accelerator: Accelerator):
     """Gives a temporary folder that becomes `path` when every rank has written its part, and vanishes on an error. A folder
     that it replaces is deleted last, so that one of them is whole at any moment."""
+    path = path.resolve()
     temporary = path.with_name(TEMPORARY + path.name)
     if accelerator.is_main_process:
         begin_folder(path)
