@@ -65,3 +65,8 @@ def test_a_preset_of_which_nothing_is_taken_does_not_stop_a_run():
 def test_a_revision_of_what_comes_with_the_package_is_refused(part):
     with pytest.raises(ValueError, match=f"{part}_revision='v1' is of a part on the Hub: name it as {part}"):
         load_frozen_parts(get_preset("tiny"), **{f"{part}_revision": "v1"})
+
+
+def test_an_unknown_optimizer_is_not_taken_for_another():
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon', got 'AdamW'"):
+        PretrainConfig(images=["x"], optimizer="AdamW")

@@ -225,6 +225,8 @@ class TrainingConfig:
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
         if self.compile not in ("none", "blocks", "whole"):
             raise ValueError(f"compile must be 'none', 'blocks' or 'whole', got {self.compile!r}.")
+        if self.optimizer not in ("adamw", "muon"):  # argparse does not check what a YAML file says
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
         if self.lr_scheduler not in get_args(Schedule):
             raise ValueError(f"lr_scheduler must be of {', '.join(get_args(Schedule))}, got {self.lr_scheduler!r}.")
         if self.vae is None and self.vae_subfolder is not None:
