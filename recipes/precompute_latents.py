@@ -27,7 +27,7 @@ from iomm_hf.data.streams import SampleStream
 from iomm_hf.files import write_json
 from iomm_hf.pipeline_iomm import IOMMPipeline
 from iomm_hf.presets import get_preset
-from iomm_hf.training.config import as_source
+from iomm_hf.training.config import as_source, check_choices
 from iomm_hf.training.setup import FrozenParts, cache_identity, load_frozen_parts
 
 
@@ -69,6 +69,7 @@ class CacheConfig:
     device: str = field(default="cpu", metadata={"help": "Where the frozen parts run, such as cuda."})
 
     def __post_init__(self):
+        check_choices(self)
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"jpeg_quality must be from 1 to 100, got {self.jpeg_quality}; leave it out for PNG.")
         for name in ("samples_per_shard", "batch_size"):

@@ -55,6 +55,9 @@ def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5_000
     nothing = run(str(tmp_path / "nothing"), command="plot")
     assert nothing.exit_code == 2 and "holds no log.jsonl" in nothing.stderr
+    for output in ("nowhere/curves.png", "curves.xyz"):
+        refused = run(str(tmp_path), "--output", str(tmp_path / output), command="plot")
+        assert refused.exit_code == 2 and refused.stderr.startswith("Error: ")
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -495,7 +495,8 @@ def plot(
         typer.echo(f"Error: {run} holds no log.jsonl; give the output_dir of a run.", err=True)
         raise typer.Exit(2)
     output = output or run / "curves.png"
-    plot_run(run, output)
+    with refusals():
+        plot_run(run, output)
     typer.echo(f"Wrote {output}")
 
 

@@ -229,6 +229,7 @@ def test_a_cache_belongs_to_what_sees_and_not_to_what_speaks(processor):
     [
         ({"samples_per_shard": 0}, "samples_per_shard must be positive, got 0"),
         ({"batch_size": -1}, "batch_size must be positive, got -1"),
+        ({"dtype": "bfloat16"}, "dtype must be one of 'float16', 'float32', got 'bfloat16'"),
         ({"init_from": "run/final"}, "init_from='run/final' brings its own parts; leave out preset, mllm, vae."),
         (
             {"init_from": "run/final", "preset": None, "mllm": None, "vae": None, "vae_subfolder": "vae"},

@@ -96,3 +96,13 @@ def test_what_a_kill_left_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000002"]
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
+
+
+def test_a_linked_folder_is_written_whole_beside_what_it_links_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best").symlink_to(tmp_path / "disk/best")
+    for content in ("old", "new"):
+        write_whole(tmp_path / "run/best", content)
+        assert contents(tmp_path / "disk/best") == [content, content]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["best"] and (tmp_path / "run/best").is_symlink()

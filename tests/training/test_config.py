@@ -1,6 +1,7 @@
 """Settings that would mean something else than they seem to are refused."""
 
 import pytest
+from trl import TrlParser
 
 from iomm_hf.presets import get_preset
 from iomm_hf.training import FinetuneConfig, LoraTrainingConfig, PretrainConfig
@@ -37,7 +38,10 @@ def test_the_number_of_steps_may_change_where_the_rate_does_not_depend_on_it(sch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler must be of constant, .*, got 'piecewise_constant'"),
+        (
+            {"lr_scheduler": "piecewise_constant"},
+            "lr_scheduler must be one of 'constant', .*, got 'piecewise_constant'",
+        ),
         ({"vae_subfolder": "vae"}, "vae_subfolder='vae' is a folder inside `vae`, which is missing"),
     ],
 )
@@ -67,6 +71,26 @@ def test_a_revision_of_what_comes_with_the_package_is_refused(part):
         load_frozen_parts(get_preset("tiny"), **{f"{part}_revision": "v1"})
 
 
-def test_an_unknown_optimizer_is_not_taken_for_another():
-    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon', got 'AdamW'"):
-        PretrainConfig(images=["x"], optimizer="AdamW")
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("optimizer: AdamW", "optimizer must be one of 'adamw', 'muon', got 'AdamW'"),
+        ("timestep_sampling: logitnormal", "timestep_sampling must be one of .*, got 'logitnormal'"),
+        ("mixed_precision: fp16", "mixed_precision must be one of 'no', 'bf16', got 'fp16'"),
+        ("images: pictures", "images must be a list, got 'pictures': put it in brackets"),
+        ("pairs: {path: pairs, caption_column: txt}", "pairs must be a list, got {'path'"),
+        ("validation_prompts: a star", "validation_prompts must be a list, got 'a star'"),
+        ("validate_every: -1", "validate_every must be 0 or more, got -1"),
+        ("resolution: 0", "resolution must be positive, got 0"),
+    ],
+)
+def test_what_a_yaml_file_says_is_checked_as_flags_are(tmp_path, line, message):
+    file = tmp_path / "run.yaml"
+    file.write_text("images: [x]\n" * (not line.startswith("images")) + f"mix_ratio: 1.0\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        TrlParser(FinetuneConfig).parse_args_and_config(["--config", str(file)])
+
+
+def test_a_lora_trains_with_adamw():
+    with pytest.raises(ValueError, match="A LoRA trains with adamw, got optimizer='muon'"):
+        LoraTrainingConfig(images=["x"], optimizer="muon")

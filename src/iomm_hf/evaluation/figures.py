@@ -53,7 +53,7 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path):
 
 def plot_run(folder: str | Path, path: str | Path):
     """Writes all curves of a run, a folder with `log.jsonl`: losses as they are, by time and by source, the gradient's norm,
-    the learning rate, the speed, the seconds a step that data were waited for, and the bad samples left out, by reason."""
+    the learning rate, the speed, the seconds that a forward pass waited for its data, and the bad samples left out, by reason."""
     rows = read_log(Path(folder) / "log.jsonl")
     panels: dict[str, dict[str, list]] = {"loss": {"flow matching": [row.get("loss") for row in rows]}}
     if any("alignment" in row for row in rows):

@@ -6,7 +6,7 @@ compared when it resumes; the few fields in `FREE_ON_RESUME` may differ, and `ma
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from ..data.buckets import parse_aspect_ratio
 from ..data.sources import SourceConfig
@@ -134,7 +134,7 @@ class TrainingConfig:
     lr_scheduler: Schedule = setting("constant_with_warmup", "A schedule of diffusers (our choice).")
     warmup_steps: int = setting(100, "Steps of linear warm-up (our choice).")
     ema_decay: float = setting(0.999, "EMA of the trained weights; 0 turns it off (the paper's L and XL).")
-    mixed_precision: str = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
+    mixed_precision: Literal["no", "bf16"] = setting("no", "Autocast: no or bf16. Trained weights stay float32.")
     compile: Literal["none", "blocks", "whole"] = setting(
         "none",
         "Compile the generator for training with torch.compile: whole, or block by block, each kind once (our choice). It needs a"
@@ -174,11 +174,19 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
+        check_choices(self)
+        for name in ("images", "pairs", "validation_prompts", "aspect_ratios"):
+            if isinstance(value := getattr(self, name), str | dict):  # otherwise read letter by letter, or key by key
+                raise ValueError(f"{name} must be a list, got {value!r}: put it in brackets.")
         _ = self.image_sources, self.paired_sources  # refuses bad ones at once
+        for name in ("warmup_steps", "num_workers", "seed", "weight_decay", "validate_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         positive = (
             "batch_size",
             "gradient_accumulation",
             "max_steps",
+            "timestep_shift",
             "learning_rate",
             "max_grad_norm",
             "max_nonfinite",
@@ -196,6 +204,9 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_learning_rate is not None and self.adapter_learning_rate <= 0:
             raise ValueError(f"adapter_learning_rate must be positive, got {self.adapter_learning_rate}.")
+        for name in ("resolution", "global_batch_size"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}; leave it out for the default.")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(
                 f"peak_tflops must be positive, got {self.peak_tflops}; leave it out to log no utilisation."
@@ -221,14 +232,6 @@ class TrainingConfig:
             raise ValueError(f"mix_ratio must be in [0, 1], got {self.mix_ratio}.")
         for ratio in self.aspect_ratios or []:
             parse_aspect_ratio(ratio)
-        if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}.")
-        if self.compile not in ("none", "blocks", "whole"):
-            raise ValueError(f"compile must be 'none', 'blocks' or 'whole', got {self.compile!r}.")
-        if self.optimizer not in ("adamw", "muon"):  # argparse does not check what a YAML file says
-            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
-        if self.lr_scheduler not in get_args(Schedule):
-            raise ValueError(f"lr_scheduler must be of {', '.join(get_args(Schedule))}, got {self.lr_scheduler!r}.")
         if self.vae is None and self.vae_subfolder is not None:
             raise ValueError(f"vae_subfolder={self.vae_subfolder!r} is a folder inside `vae`, which is missing.")
         if self.fully_shard and self.compile != "none":
@@ -329,6 +332,8 @@ class LoraTrainingConfig(TrainingConfig):
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
         if not self.lora_targets:
             raise ValueError("lora_targets names no layer; give the ends of some layers' names, such as to_q to_v.")
+        if self.optimizer != "adamw":
+            raise ValueError(f"A LoRA trains with adamw, got optimizer={self.optimizer!r}.")
         if self.fully_shard:
             raise ValueError("fully_shard divides what trains, and a LoRA is small: leave it out (DDP serves).")
         if self.peak_tflops is not None:
@@ -338,6 +343,18 @@ class LoraTrainingConfig(TrainingConfig):
 
     def start_anew(self, checkpoint: Path) -> str:
         return "choose another output_dir and start from nothing (a LoRA's checkpoint is no pipeline to start from)"
+
+
+def check_choices(settings: Any):
+    r"""
+    Checks a dataclass's fields of type `Literal`: argparse checks the flags', not what a YAML file says.
+
+    Raises:
+        `ValueError`: a value that is none of its field's.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and (value := getattr(settings, name)) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}.")
 
 
 def as_source(source: Any) -> SourceConfig:

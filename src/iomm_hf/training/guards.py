@@ -200,7 +200,8 @@ class NonFiniteGuard:
 
 class SpikeGuard:
     r"""
-    Stops a run whose logged loss leaps above its usual one, before a checkpoint of the wreck replaces a sound one.
+    Stops a run whose logged loss leaps above its usual one; where `save_every` is not below `log_every`, before a checkpoint of the
+    wreck is written.
 
     Args:
         ratio (`float`): The leap that is too large, as a multiple of the median of the last rows; 0 lets all pass.

@@ -103,6 +103,11 @@ def train(config: TrainingConfig) -> Path:
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         ],
     )
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation:
+        raise ValueError(
+            f"gradient_accumulation={config.gradient_accumulation}, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the"
+            f" environment says {accelerator.gradient_accumulation_steps}: unset it."
+        )
     check_strategy(accelerator, config.fully_shard)
     check_global_batch(config, accelerator.num_processes)
     set_seed(config.seed)
@@ -147,6 +152,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
     )
     if accelerator.is_main_process:  # the others have no weights yet
         check_caches(stream, pipeline, resolution)
+    check_prompts(config.validation_prompts, pipeline)
     collator = IOMMCollator(pipeline.processor, resolution, config.condition_dropout, config.seed)
     samples: IterableDataset = stream
     if config.aspect_ratios:
@@ -315,7 +321,7 @@ def run(config: TrainingConfig, output_dir: Path, accelerator: Accelerator) -> P
             clock += time.monotonic() - paused  # speed is that of training alone
     progress.close()
     if signal is not None and step < config.max_steps:
-        accelerator.free_memory(wrapped)
+        (wrapped,) = accelerator.free_memory(wrapped)  # first, as below
         accelerator.end_training()
         if accelerator.is_main_process:
             print(f"Stopped by {signal} after step {step}, whose checkpoint is written. {how_to_go_on(accelerator)}")
@@ -403,6 +409,18 @@ def caption_room(pipeline: IOMMPipeline) -> int:
     wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
     encoder_config = pipeline.text_encoder.config
     return encoder_config.get_text_config().max_position_embeddings - encoder_config.num_queries - wording
+
+
+def check_prompts(prompts: list[str], pipeline: IOMMPipeline):
+    """Refuses validation prompts that could not be drawn, before a step is made that they would cost."""
+    room = caption_room(pipeline)
+    wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
+    for prompt in prompts:
+        tokens = pipeline.processor.encode([pipeline.processor.text_to_image(prompt)])["input_ids"].shape[1] - wording
+        if tokens > room:
+            raise ValueError(f"A validation prompt has {tokens} tokens, and {room} fit: {prompt[:80]!r}...")
+        if not prompt.strip():
+            raise ValueError(f"A validation prompt is blank: {prompts}.")
 
 
 def total(counts: Counter) -> Counter:
