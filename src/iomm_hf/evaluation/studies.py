@@ -229,12 +229,13 @@ def difference_table(study: Study, scores: dict[str, dict[int, dict]], papers: d
 
 
 def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], path: Path):
-    """Curves over `x`, or bars where there is no curve yet; a dot a seed, with the interval of its pictures."""
+    """Curves over `x`, or bars where there is no curve yet; a dot a seed, on bars side by side, with the interval of its pictures."""
 
-    def dots(x: float, seeds: list[dict[str, float]], color: str = "black"):
+    def dots(x: float, seeds: list[dict[str, float]], color: str = "black", apart: float = 0.0):
         values = [seed["value"] for seed in seeds]
         ends = [[seed["value"] - seed["low"] for seed in seeds], [seed["high"] - seed["value"] for seed in seeds]]
-        axis.errorbar([x] * len(seeds), values, ends, fmt="o", color=color, markersize=3, capsize=3, zorder=2)
+        places = [x + apart * (number - (len(seeds) - 1) / 2) for number in range(len(seeds))]
+        axis.errorbar(places, values, ends, fmt="o", color=color, markersize=3, capsize=3, zorder=2)
 
     def mean(seeds: list[dict[str, float]]) -> float:
         return statistics.fmean(seed["value"] for seed in seeds)
@@ -243,7 +244,7 @@ def plot_scores(study: Study, scored: list[tuple[Arm, list[dict[str, float]]]], 
     if study.x_label is None or len({arm.x for arm, _ in scored}) == 1:
         for position, (_, seeds) in enumerate(scored):
             axis.bar(position, mean(seeds), color="tab:blue")
-            dots(position, seeds)
+            dots(position, seeds, apart=0.15)
         axis.set_xticks(range(len(scored)), [arm.label for arm, _ in scored], rotation=20)
     else:
         for number, series in enumerate(dict.fromkeys(arm.series for arm, _ in scored)):
