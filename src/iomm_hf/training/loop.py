@@ -406,21 +406,25 @@ def mean_over_ranks(accelerator: Accelerator, rows: list[dict[str, float]]) -> d
 
 def caption_room(pipeline: IOMMPipeline) -> int:
     """Tokens that a caption may take beside its wording and the queries."""
-    wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
     encoder_config = pipeline.text_encoder.config
-    return encoder_config.get_text_config().max_position_embeddings - encoder_config.num_queries - wording
+    rows = encoder_config.get_text_config().max_position_embeddings - encoder_config.num_queries
+    return rows - text_tokens(pipeline, "")
+
+
+def text_tokens(pipeline: IOMMPipeline, caption: str) -> int:
+    """Of a caption in its wording."""
+    return pipeline.processor.encode([pipeline.processor.text_to_image(caption)])["input_ids"].shape[1]
 
 
 def check_prompts(prompts: list[str], pipeline: IOMMPipeline):
     """Refuses validation prompts that could not be drawn, before a step is made that they would cost."""
     room = caption_room(pipeline)
-    wording = pipeline.processor.encode([pipeline.processor.text_to_image("")])["input_ids"].shape[1]
     for prompt in prompts:
-        tokens = pipeline.processor.encode([pipeline.processor.text_to_image(prompt)])["input_ids"].shape[1] - wording
-        if tokens > room:
-            raise ValueError(f"A validation prompt has {tokens} tokens, and {room} fit: {prompt[:80]!r}...")
         if not prompt.strip():
             raise ValueError(f"A validation prompt is blank: {prompts}.")
+        tokens = text_tokens(pipeline, prompt) - text_tokens(pipeline, "")
+        if tokens > room:
+            raise ValueError(f"A validation prompt has {tokens} tokens, and {room} fit: {prompt[:80]!r}...")
 
 
 def total(counts: Counter) -> Counter:
